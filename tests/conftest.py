@@ -1,0 +1,82 @@
+"""What many tests share: the golden files, and models filled with the reproducible weights they were made with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+@cache
+def _fill() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dagan_rt_tests_fill", DATA / "fill.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Golden:
+    """One published variant: its keys and shapes, its arrays, and its networks filled with the golden weights."""
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+        self.keys: dict[str, dict[str, Any]] = json.loads((DATA / f"{variant}.keys.json").read_text())
+        with np.load(DATA / f"{variant}.npz") as arrays:
+            self.arrays = dict(arrays)
+
+    def state_dict(self, network: str) -> dict[str, Any]:
+        """Every entry of one published network but the fixed anti-alias filters, as torch tensors."""
+        import torch
+
+        return {
+            key: torch.from_numpy(_fill().tensor(network, key, tuple(shape)))
+            for key, (shape, _) in self.keys[network].items()
+            if not key.endswith("down.weight")
+        }
+
+    def config(self) -> Any:
+        from dagan_rt.networks.config import NetworkConfig
+
+        if self.variant == "fomm":
+            return NetworkConfig(variant="fomm", num_keypoints=10)
+        if self.variant == "dagan_depth50":
+            return NetworkConfig(variant="dagan", depth_layers=50)
+        return NetworkConfig(variant=self.variant)
+
+    @cache  # noqa: B019 (one object a variant a session, kept by the fixture anyway)
+    def model(self) -> Any:
+        """The model in eval mode with the golden weights."""
+        from dagan_rt.networks.model import Model
+
+        model = Model(self.config()).eval()
+        for name, network in model.networks().items():
+            if name not in self.keys:  # the FOMM files hold no discriminator
+                continue
+            state = {key: value for key, value in self.state_dict(name).items() if not key.startswith("encoder.fc.")}
+            missing, unexpected = network.load_state_dict(state, strict=False)
+            assert not unexpected and all(key.endswith("down.weight") for key in missing), (missing, unexpected)
+        return model
+
+
+_golden = cache(Golden)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Any:
+    """`golden(variant) -> Golden` for dagan, dagan_depth50, dagan_spade and fomm."""
+    return _golden
+
+
+@pytest.fixture(scope="session")
+def fill() -> Any:
+    """`fill.tensor(network, key, shape, salt=0)`: the golden weights."""
+    return _fill()
