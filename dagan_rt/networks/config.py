@@ -10,6 +10,17 @@ from dagan_rt.errors import InputError
 from dagan_rt.networks.variants import VARIANTS, Variant
 
 
+# A config may come from a downloaded file: no size in it is believed without bounds.
+_MOST = {
+    "size": 2048, "num_keypoints": 256, "depth_width": 1024,
+    "keypoint_width": 1024, "keypoint_max": 4096, "keypoint_blocks": 8,
+    "motion_width": 1024, "motion_max": 4096, "motion_blocks": 8,
+    "generator_width": 1024, "generator_max": 4096, "down_blocks": 4, "residual_blocks": 64,
+    "query_width": 1024, "spade_width": 1024, "spade_hidden": 1024,
+    "discriminator_width": 1024, "discriminator_max": 4096, "discriminator_blocks": 8,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """Sizes of all networks; the defaults are those of the published 256 × 256 model."""
@@ -49,8 +60,16 @@ class NetworkConfig:
             raise InputError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.depth_layers not in (18, 50):
             raise InputError(f"depth_layers must be 18 or 50, got {self.depth_layers!r}")
-        if round(1 / self.motion_scale) != 1 / self.motion_scale:
-            raise InputError(f"motion_scale must be 1 over a whole number, got {self.motion_scale!r}")
+        if self.motion_scale not in (1.0, 0.5, 0.25, 0.125):
+            raise InputError(f"motion_scale must be 1, 0.5, 0.25 or 0.125, got {self.motion_scale!r}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                raise InputError(f"{name} must be from 1 to {most}, got {value!r}")
+        if len(self.depth_decoder_widths) != 5 or not all(
+            isinstance(width, int) and 1 <= width <= _MOST["depth_width"] for width in self.depth_decoder_widths
+        ):
+            raise InputError(f"depth_decoder_widths must be five widths, finest first, got {self.depth_decoder_widths!r}")
         smallest = 32 if self.parts.uses_depth else 2**self.down_blocks
         if self.size < 32 or self.size % smallest:
             raise InputError(f"size must be a multiple of {smallest}, at least 32, got {self.size!r}")

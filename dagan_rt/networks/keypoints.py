@@ -25,17 +25,16 @@ class KeypointEstimator(nn.Module):
         self.jacobian = nn.Conv2d(self.predictor.out_channels, 4 * config.num_keypoints, 7)
         self.down = AntiAliasDownsample(channels, config.motion_scale)
         nn.init.zeros_(self.jacobian.weight)  # training starts from the identity frame
-        with torch.no_grad():
-            self.jacobian.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(config.num_keypoints))
+        self.jacobian.bias = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(config.num_keypoints))
 
     def forward(self, image: Tensor) -> KeyPoints:
         """`image` [B, 3 or 4, H, W] in [0, 1] (depth last) -> positions [B, K, 2] and frames [B, K, 2, 2]."""
         feature = self.predictor(self.down(image))
-        logits = self.kp(feature)
+        logits = self.kp(feature).float()  # positions need more digits than half precision has
         B, K, H, W = logits.shape
         heatmap = torch.softmax(logits.reshape(B, K, H * W) / TEMPERATURE, dim=2)
         grid = coordinate_grid(H, W, heatmap).reshape(H * W, 2)
         value = torch.matmul(heatmap, grid)
-        frames = self.jacobian(feature).reshape(B, K, 4, H * W)
+        frames = self.jacobian(feature).float().reshape(B, K, 4, H * W)
         jacobian = torch.matmul(frames, heatmap[..., None])  # average under the same heat map
         return KeyPoints(value, jacobian.reshape(B, K, 2, 2))
