@@ -1,0 +1,1 @@
+"""Training: synthetic heads, data, losses, recipes and the loop."""
