@@ -1,0 +1,83 @@
+"""The run's log, one JSON object a line, and the curve drawn from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dagan_rt.errors import InputError, require
+
+LOG_NAME = "log.jsonl"
+
+
+def append_row(folder: Path, row: dict[str, Any]) -> None:
+    """Add one row to the log."""
+    with open(folder / LOG_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a run's log; a last line cut short by a crash is left out. InputError when there is no log."""
+    path = Path(folder) / LOG_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise InputError(f"{path} does not exist; expected the folder of a training run") from None
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number + 1 < len(lines):
+                raise InputError(f"{path} line {number + 1} is not JSON; expected one object a line") from None
+    return rows
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop rows of steps after `step`: a resumed run writes them again."""
+    path = folder / LOG_NAME
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(folder) if row["step"] <= step]
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def plot(folder: str | Path) -> Path:
+    """Draw `curve.png` from a run's log: every loss term, and the held-out error over repeating the source."""
+    folder = Path(folder)
+    rows = read_rows(folder)
+    if not rows:
+        raise InputError(f"{folder / LOG_NAME} has no rows yet; nothing to plot")
+    require("matplotlib", extra="train", why="plotting")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, quality = figure.subplots(2, 1, sharex=True)
+    for term in dict.fromkeys(term for row in rows for term in row["terms"]):
+        points = [(row["step"], row["terms"][term]) for row in rows if row["terms"].get(term)]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=term, linewidth=1.2)
+    losses.set(yscale="log", ylabel="loss term (weighted)", title=folder.name)
+    evaluated = [(row["step"], row["held_out"]["ratio"]) for row in rows if row.get("held_out")]
+    if evaluated:
+        steps, ratios = zip(*evaluated, strict=True)
+        quality.plot(steps, ratios, marker="o", markersize=3, label="held-out L1 / repeating the source")
+        quality.axhline(1.0, color="gray", linestyle=":", linewidth=1)
+    quality.set(xlabel="step", ylabel="ratio, lower is better")
+    changes = [b["step"] for a, b in zip(rows, rows[1:], strict=False) if a["stage"] != b["stage"]]
+    for axis in (losses, quality):
+        for step in changes:
+            axis.axvline(step, color="black", alpha=0.2)
+        axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    path = folder / "curve.png"
+    temporary = folder / "curve.part.png"
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+    return path

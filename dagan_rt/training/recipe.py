@@ -1,0 +1,284 @@
+"""A whole training run in one TOML file: networks, data, losses, and the stages one after the other."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from dagan_rt.errors import InputError, require
+from dagan_rt.networks.config import NetworkConfig
+from dagan_rt.training.losses import DEFAULT_LANDMARKS, LossWeights
+
+TRAINABLE = ("generator", "keypoints", "depth", "discriminator")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the pairs of frames come from."""
+
+    kind: str = "heads"  # "heads": synthetic; "clips": a folder of videos or of frame folders
+    path: str = ""  # clips only; relative to the working directory
+    cache: str = ""  # heads only: where drawn clips are kept; empty: the user's cache folder
+    identities: int = 400  # heads only
+    frames: int = 16  # heads only: frames of each clip
+    first_identity: int = 0
+    held_out: int = 8  # identities (heads) or clips set aside for evaluation
+    held_out_pairs: int = 8  # evaluated pairs of each of them
+    seed: int = 0
+    repeats: int = 1  # how often an epoch visits each clip
+    flip: bool = True  # mirror half of the pairs
+    time_flip: bool = True  # swap source and driving in half of the pairs
+    jitter: float = 0.1  # brightness, contrast, saturation, hue
+    workers: int = 2  # processes that draw heads; threads that decode clips
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """One rate a network."""
+
+    generator: float = 2e-4
+    keypoints: float = 2e-4
+    depth: float = 2e-4
+    discriminator: float = 2e-4
+
+
+@dataclass(frozen=True)
+class VggRecipe:
+    """The network of the perceptual loss: a file of torchvision's VGG-19 weights, or fixed random ones."""
+
+    file: str = ""
+    width: float = 1.0  # factor on every channel count; 1.0 is VGG-19
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """What holds for every stage unless the stage says otherwise, and how often to report."""
+
+    seed: int = 0
+    batch: int = 12
+    learning_rate: LearningRates = field(default_factory=LearningRates)
+    betas: tuple[float, float] = (0.5, 0.999)
+    clip_gradient: float = 0.0  # largest norm of each network's gradient; 0: as it comes
+    precision: str = "fp32"  # or "bf16": autocast, on CUDA only
+    device: str = "auto"
+    threads: int = 0  # of PyTorch; 0: its own choice
+    log_every: int = 50  # steps
+    checkpoint_every: int = 1000
+    sheet_every: int = 1000
+    evaluate_every: int = 1000
+    keep: int = 2  # checkpoints kept
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with its own length, size and weights; `read_recipe` fills in what the file leaves out."""
+
+    name: str
+    steps: int = 0  # give this, or
+    epochs: int = 0  # passes over clips × repeats
+    size: int = 0
+    motion_scale: float = 0.0
+    batch: int = 0
+    learning_rate: LearningRates = field(default_factory=LearningRates)
+    schedule: str = "constant"  # "cosine" falls to `final`; "milestones" multiplies by `decay` at each
+    final: float = 0.05
+    milestones: tuple[int, ...] = ()  # steps, or epochs where the stage counts epochs
+    decay: float = 0.1
+    warmup: int = 0  # steps of linear rise from 0
+    losses: LossWeights = field(default_factory=LossWeights)
+    networks: tuple[str, ...] = TRAINABLE  # the ones that train
+
+    def length(self, clips: int) -> int:
+        """Optimisation steps of the stage on a data set of `clips` × repeats items."""
+        return self.steps or max(1, self.epochs * clips // self.batch)
+
+    def rate_factor(self, step: int, clips: int) -> float:
+        """What the learning rates are multiplied by at `step`, counted from the stage's start."""
+        total = self.length(clips)
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "cosine":
+            fall = 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+            return rise * (self.final + (1 - self.final) * fall)
+        if self.schedule == "milestones":
+            reached = step if self.steps else step * self.batch // clips
+            return rise * self.decay ** sum(reached >= milestone for milestone in self.milestones)
+        return rise
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; every stage is complete."""
+
+    network: NetworkConfig
+    data: DataRecipe
+    training: TrainingRecipe
+    vgg: VggRecipe
+    stages: tuple[Stage, ...]
+    text: str = ""  # the file as written, kept beside the run
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            self._check_truth(stage)
+
+    def _check_truth(self, stage: Stage) -> None:
+        """Losses that need a known truth, or a part of the networks, must find it."""
+        for loss in ("landmark", "disparity"):
+            if getattr(stage.losses, loss) and self.data.kind != "heads":
+                raise InputError(
+                    f"stage {stage.name!r}: losses.{loss} needs data whose truth is known (data.kind heads), "
+                    f"set it to 0 for {self.data.kind}"
+                )
+        points = self.network.num_keypoints
+        if stage.losses.landmark and points not in DEFAULT_LANDMARKS:
+            known = " or ".join(map(str, DEFAULT_LANDMARKS))
+            raise InputError(f"stage {stage.name!r}: losses.landmark needs num_keypoints = {known}, got {points}")
+        if stage.losses.disparity and not self.network.parts.uses_depth:
+            raise InputError(
+                f"stage {stage.name!r}: losses.disparity must be 0 for {self.network.variant}: it has no depth network"
+            )
+
+    def stage_config(self, stage: Stage) -> NetworkConfig:
+        """The networks at the stage's size: the same weights, another resolution."""
+        return replace(self.network, size=stage.size, motion_scale=stage.motion_scale)
+
+    @property
+    def largest_size(self) -> int:
+        """Side in pixels of the largest image any stage needs."""
+        return max(stage.size for stage in self.stages)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe file. InputError names the file and the key of what is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from None
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, name: str = "recipe") -> Recipe:
+    """Check a recipe given as TOML text; `name` is what error messages call it."""
+    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", extra="train", why="reading recipes")
+    try:
+        tables = toml.loads(text)
+    except toml.TOMLDecodeError as error:
+        raise InputError(f"{name} is not valid TOML: {error}") from None
+    known = ("network", "data", "training", "vgg", "losses", "stage")
+    _refuse_unknown(tables, known, name, "")
+    try:
+        network = NetworkConfig.from_dict(_table(tables, "network", name))
+    except InputError as error:
+        raise InputError(f"{name}: [network] {error}") from None
+    data = _fill(DataRecipe, _table(tables, "data", name), name, "data")
+    training = _fill(TrainingRecipe, _table(tables, "training", name), name, "training")
+    vgg = _fill(VggRecipe, _table(tables, "vgg", name), name, "vgg")
+    losses = _fill(LossWeights, _table(tables, "losses", name), name, "losses")
+    _check_data(data, name)
+    _check_training(training, name)
+    entries = tables.get("stage", [])
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{name}: expected at least one [[stage]] table, got none")
+    base = Stage(
+        name="", size=network.size, motion_scale=network.motion_scale, batch=training.batch,
+        learning_rate=training.learning_rate, losses=losses,
+    )  # fmt: skip
+    stages = tuple(_stage(entry, base, network, name, index) for index, entry in enumerate(entries))
+    try:
+        return Recipe(network, data, training, vgg, stages, text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _stage(entry: dict[str, Any], base: Stage, network: NetworkConfig, name: str, index: int) -> Stage:
+    where = f"stage[{index}]"
+    stage = _fill(Stage, entry, name, where, base)
+    if not stage.name:
+        raise InputError(f'{name}: {where} has no name; give it one, such as name = "coarse"')
+    if (stage.steps > 0) == (stage.epochs > 0):
+        raise InputError(f"{name}: {where} must give either steps or epochs, a whole number above 0")
+    if stage.schedule not in ("constant", "cosine", "milestones"):
+        raise InputError(f"{name}: {where}.schedule must be constant, cosine or milestones, got {stage.schedule!r}")
+    _refuse_unknown(dict.fromkeys(stage.networks), TRAINABLE, name, f"{where}.networks")
+    if not 1 <= stage.batch <= 4096:
+        raise InputError(f"{name}: {where}.batch must be between 1 and 4096, got {stage.batch}")
+    try:
+        replace(network, size=stage.size, motion_scale=stage.motion_scale)
+    except InputError as error:
+        raise InputError(f"{name}: {where} {error}") from None
+    return stage
+
+
+def _check_data(data: DataRecipe, name: str) -> None:
+    if data.kind not in ("heads", "clips"):
+        raise InputError(f"{name}: data.kind must be heads or clips, got {data.kind!r}")
+    for key, least in (("identities", 1), ("frames", 2), ("repeats", 1), ("held_out", 0), ("held_out_pairs", 1)):
+        if getattr(data, key) < least:
+            raise InputError(f"{name}: data.{key} must be at least {least}, got {getattr(data, key)}")
+    if data.first_identity < 0 or data.first_identity + data.identities > 1_000_000:
+        raise InputError(f"{name}: data.first_identity and data.identities must stay within 0 to 999999")
+    if not 0 <= data.jitter <= 0.5:
+        raise InputError(f"{name}: data.jitter must be between 0 and 0.5, got {data.jitter}")
+
+
+def _check_training(training: TrainingRecipe, name: str) -> None:
+    if training.precision not in ("fp32", "bf16"):
+        raise InputError(f"{name}: training.precision must be fp32 or bf16, got {training.precision!r}")
+    for key in ("log_every", "checkpoint_every", "sheet_every", "evaluate_every", "keep"):
+        if getattr(training, key) < 1:
+            raise InputError(f"{name}: training.{key} must be at least 1, got {getattr(training, key)}")
+
+
+def _table(tables: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+    value = tables.get(key, {})
+    if not isinstance(value, dict):
+        raise InputError(f"{name}: [{key}] must be a table, got {type(value).__name__}")
+    return value
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], name: str, where: str) -> None:
+    for key in given:
+        if key not in known:
+            dotted = f"{where}.{key}" if where else key
+            raise InputError(f"{name}: {dotted} is not a known key; expected one of {', '.join(known)}")
+
+
+def _fill(cls: Any, table: Mapping[str, Any], name: str, where: str, base: Any = None) -> Any:
+    """A frozen dataclass from a TOML table; what the table leaves out comes from `base` or the defaults."""
+    hints = get_type_hints(cls)
+    _refuse_unknown(table, tuple(entry.name for entry in fields(cls)), name, where)
+    values = {}
+    for key, value in table.items():
+        previous = getattr(base, key, None) if base is not None else None
+        values[key] = _checked(value, hints[key], name, f"{where}.{key}", previous)
+    return replace(base, **values) if base is not None else cls(**values)
+
+
+def _checked(value: Any, hint: Any, name: str, where: str, previous: Any) -> Any:
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        if hint is LearningRates and type(value) in (int, float):  # one number stands for all networks
+            value = dict.fromkeys(TRAINABLE, value)
+        if not isinstance(value, dict):
+            raise InputError(f"{name}: {where} must be a table, got {type(value).__name__}")
+        return _fill(hint, value, name, where, previous)
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
+            length = "" if kinds[-1] is Ellipsis else f"{len(kinds)} "
+            raise InputError(f"{name}: {where} must be a list of {length}{kinds[0].__name__}, got {value!r}")
+        return tuple(_checked(entry, kinds[0], name, f"{where}[{i}]", None) for i, entry in enumerate(value))
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise InputError(f"{name}: {where} must be {hint.__name__}, got {type(value).__name__} {value!r}")
+    if hint in (int, float) and not 0 <= value < math.inf:
+        raise InputError(f"{name}: {where} must be finite and not negative, got {value!r}")
+    return value
