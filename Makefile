@@ -1,0 +1,70 @@
+# Everything a person does with a checkout. `make` alone lists the targets.
+
+# The interpreter that creates .venv.
+PYTHON ?= python3
+# What pip installs as PyTorch. On Linux the default may bring the CUDA libraries (several GB); where there is no
+# GPU, give a CPU build instead: a wheel on disk, or `make TORCH="torch==2.13.0 --index-url <PyTorch's CPU index>"`.
+# Read when .venv is created: to change it later, `make distclean` first.
+TORCH ?= torch==2.13.0
+# How many tests run at a time, each on one thread.
+JOBS ?= 2
+# Where the demo and the demo's training write.
+OUT ?= out
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+# A file stays on one process: what its tests share (an exported bundle, a trained model) is made once.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --durations=10
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo train-demo test test-slow lint types dist clean distclean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
+	@echo "Settings: PYTHON=$(PYTHON)  TORCH=\"$(TORCH)\"  JOBS=$(JOBS)  OUT=$(OUT)"
+
+install: $(INSTALLED)  ## create .venv with everything that the other targets need
+
+$(INSTALLED): setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "make: $(PYTHON) was not found: install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: dagan-rt needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1): name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: $(PYTHON) cannot create environments: on Debian or Ubuntu run apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing $(TORCH) and the other packages into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet $(TORCH)
+	@$(RUN) -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)  ## animate a portrait with the demo weights; results in out/
+	$(RUN) -m dagan_rt.demo --out $(OUT)
+
+train-demo: $(INSTALLED)  ## train the demo weights afresh; results in out/train-demo/ (hours on a CPU)
+	$(RUN) -m dagan_rt.cli train --recipe train/recipes/demo.toml --out $(OUT)/train-demo
+
+test: lint types  ## lint, types, and every test that is neither slow nor needs a GPU
+	$(PYTEST) -m "not slow and not gpu"
+
+# pytest exits with 5 when it selects no test, which is no failure here.
+test-slow: $(INSTALLED)  ## the tests that take minutes or install packages
+	$(PYTEST) -m "slow and not gpu" || test $$? -eq 5
+
+lint: $(INSTALLED)  ## ruff
+	$(RUN) -m ruff check .
+
+types: $(INSTALLED)  ## mypy
+	$(RUN) -m mypy
+
+dist: $(INSTALLED)  ## build the wheel and the source distribution into dist/
+	rm -rf build dist dagan_rt.egg-info
+	$(RUN) -m build --no-isolation
+
+clean:  ## delete what builds, tests and checks leave behind (not .venv, not out/)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## clean, and delete .venv
+	rm -rf $(VENV) dagan_rt.egg-info

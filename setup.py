@@ -1,0 +1,71 @@
+"""How dagan-rt is packaged: the Python code of dagan_rt/, and the asset folders beside it as dagan_rt/assets/."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+ASSET_FOLDERS = ("kernels", "export", "train", "benchmarks")
+
+
+def version() -> str:
+    """Read `__version__` without importing the package, whose dependencies may not be there yet."""
+    text = (HERE / "dagan_rt" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('dagan_rt/__init__.py must hold a line __version__ = "…"')
+    return match.group(1)
+
+
+# Two or more extras ask for these: one line each, so that they cannot drift apart.
+TORCH = "torch>=2.6"
+TOMLI = 'tomli>=2; python_version < "3.11"'
+
+RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=12", "pillow>=10", "tqdm>=4.66", TOMLI]
+EXPORT = [TORCH, "onnx>=1.17", "onnxscript>=0.1", "onnxsim>=0.4.36"]
+TRAIN = [TORCH, "matplotlib>=3.8"]
+CHECKS = [
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "pytest>=8.2",
+    "pytest-xdist>=3.6",
+    "ruff>=0.6",
+    "setuptools>=77",
+    "wheel>=0.43",
+]
+
+setup(
+    name="dagan-rt",
+    version=version(),
+    description="Depth-aware talking heads (DaGAN) in real time: train, export, animate",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # The asset folders hold no __init__.py: naming them as packages only places their files inside the wheel.
+    packages=[
+        *find_packages(include=["dagan_rt", "dagan_rt.*"]),
+        *(f"dagan_rt.assets.{folder}" for folder in ASSET_FOLDERS),
+    ],
+    package_dir={f"dagan_rt.assets.{folder}": folder for folder in ASSET_FOLDERS},
+    package_data={
+        "dagan_rt": ["py.typed"],
+        **{f"dagan_rt.assets.{folder}": ["**/*"] for folder in ASSET_FOLDERS},
+    },
+    exclude_package_data={"": ["**/__pycache__/*", "*.py[co]"]},
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=RUNTIME,
+    extras_require={
+        "torch": [TORCH],
+        "export": EXPORT,
+        "train": TRAIN,
+        "dev": sorted({*EXPORT, *TRAIN, *CHECKS}),
+    },
+    entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
+)
