@@ -9,7 +9,6 @@ from typing import Any
 from dagan_rt.errors import InputError
 from dagan_rt.networks.variants import VARIANTS, Variant
 
-
 # A config may come from a downloaded file: no size in it is believed without bounds.
 _MOST = {
     "size": 2048, "num_keypoints": 256, "depth_width": 1024,
@@ -69,7 +68,7 @@ class NetworkConfig:
         if len(self.depth_decoder_widths) != 5 or not all(
             isinstance(width, int) and 1 <= width <= _MOST["depth_width"] for width in self.depth_decoder_widths
         ):
-            raise InputError(f"depth_decoder_widths must be five widths, finest first, got {self.depth_decoder_widths!r}")
+            raise InputError(f"depth_decoder_widths must be 5 widths, finest first, got {self.depth_decoder_widths!r}")
         smallest = 32 if self.parts.uses_depth else 2**self.down_blocks
         if self.size < 32 or self.size % smallest:
             raise InputError(f"size must be a multiple of {smallest}, at least 32, got {self.size!r}")

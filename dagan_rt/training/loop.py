@@ -211,6 +211,10 @@ class Trainer:
                 group["lr"] = getattr(stage.learning_rate, name) * factor
         for name, part in self.parts.items():
             part.train(name in stage.networks)
+        if stage.freeze_norm:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         with self._autocast():
             terms, generated, driving_points = generator_losses(self.model, batch, stage.losses, self.vgg)
             total = torch.stack([term.float() for term in terms.values()]).sum()
