@@ -80,3 +80,23 @@ def golden() -> Any:
 def fill() -> Any:
     """`fill.tensor(network, key, shape, salt=0)`: the golden weights."""
     return _fill()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported `dagan` bundle at 64 pixels: every part there, few channels, random weights."""
+    import torch
+
+    from dagan_rt import checkpoints
+    from dagan_rt.export.__main__ import main as export
+    from dagan_rt.networks.config import NetworkConfig
+    from dagan_rt.networks.model import Model
+
+    torch.manual_seed(0)
+    narrow = {"keypoint_width": 4, "motion_width": 4, "generator_width": 8, "query_width": 4, "depth_width": 8}
+    config = NetworkConfig(variant="dagan", size=64, keypoint_blocks=2, motion_blocks=2, residual_blocks=1, **narrow)
+    root = tmp_path_factory.mktemp("tiny")
+    checkpoints.save(root / "model.pth.tar", Model(config).eval(), depth_dir=root / "depth")
+    options = ["--checkpoint", root / "model.pth.tar", "--depth", root / "depth", "--out", root / "bundle"]
+    assert export([str(option) for option in options]) == 0
+    return root / "bundle"

@@ -158,24 +158,6 @@ main(["--help"])
     assert "animate" in output and "info" in output
 
 
-@pytest.fixture
-def tiny_bundle(tmp_path: Path) -> Path:
-    """An exported bundle of a model with random weights and few channels."""
-    from dagan_rt import checkpoints
-    from dagan_rt.export.__main__ import main as export
-    from dagan_rt.networks.config import NetworkConfig
-    from dagan_rt.networks.model import Model
-
-    narrow = {"keypoint_width": 4, "motion_width": 4, "generator_width": 8, "query_width": 4, "depth_width": 8}
-    config = NetworkConfig(variant="dagan", size=64, keypoint_blocks=2, motion_blocks=2, residual_blocks=1, **narrow)
-    checkpoint, depth = tmp_path / "checkpoint" / "model.pth.tar", tmp_path / "checkpoint" / "depth"
-    checkpoint.parent.mkdir()
-    checkpoints.save(checkpoint, Model(config).eval(), depth_dir=depth)
-    bundle = tmp_path / "bundle"
-    assert export(["--checkpoint", str(checkpoint), "--depth", str(depth), "--out", str(bundle)]) == 0
-    return bundle
-
-
 @pytest.mark.slow
 def test_a_fresh_environment_animates_without_torch(wheel: Path, tiny_bundle: Path, tmp_path: Path):
     environment, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"

@@ -1,0 +1,56 @@
+"""The command line: `dagan-rt <command>`. Commands live in `dagan_rt.commands` and import what they need when run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dagan_rt import __version__
+from dagan_rt.errors import InputError
+
+COMMANDS = ("animate", "info", "train", "heads")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`, a function from the parsed arguments to the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dagan-rt", description="Animate a portrait with the motion of a video (DaGAN).", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"dagan-rt {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"dagan_rt.commands.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0 done; 2 bad input or a file that cannot be read or written, with one sentence on stderr; 130 interrupted;
+    141 when whatever read our output went away.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()  # here, where a closed pipe can still be answered quietly
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _fail(f"{error.filename}: {reason}" if error.filename is not None else reason)
+    except KeyboardInterrupt:
+        print("dagan-rt: interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"dagan-rt: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
