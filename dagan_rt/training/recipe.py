@@ -93,7 +93,7 @@ class Stage:
     warmup: int = 0  # steps of linear rise from 0
     losses: LossWeights = field(default_factory=LossWeights)
     networks: tuple[str, ...] = TRAINABLE  # the ones that train
-    freeze_norm: bool = False  # batch norm uses the statistics it has, which takes the other faces' noise out of a batch
+    freeze_norm: bool = False  # batch norm uses the statistics it has: no noise from the batch's other faces
 
     def length(self, clips: int) -> int:
         """Optimisation steps of the stage on a data set of `clips` × repeats items."""
