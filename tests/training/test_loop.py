@@ -213,6 +213,21 @@ def test_only_the_networks_a_stage_names_change(recipe: Recipe, tmp_path: Path) 
     assert changed == {"generator"}  # batch-norm statistics of the others included
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_weights(
+    recipe: Recipe, tmp_path: Path, frozen: bool
+) -> None:
+    stage = dataclasses.replace(recipe.stages[0], freeze_norm=frozen)
+    trainer = loop.Trainer(dataclasses.replace(recipe, stages=(stage,)), tmp_path, progress=False)
+    before = {name: value.clone() for name, value in trainer.model.generator.state_dict().items()}
+    trainer.open_folder(resume=True)
+    trainer.run(2, [])
+    after = trainer.model.generator.state_dict()
+    same = {name.rpartition(".")[2] for name, value in after.items() if value.equal(before[name])}
+    assert ("running_mean" in same, "running_var" in same) == (frozen, frozen)
+    assert not after["first.norm.weight"].equal(before["first.norm.weight"])
+
+
 def test_another_size_keeps_every_weight_but_the_anti_alias_filter(recipe: Recipe) -> None:
     model = Model(recipe.stage_config(recipe.stages[0]))
     other = loop.resized(model, recipe.stage_config(recipe.stages[1]))
