@@ -76,7 +76,8 @@ def test_depth_reaches_the_attention_only_where_the_table_says(variant: str, use
 @pytest.mark.parametrize(
     ("changes", "word"),
     [({"variant": "gan"}, "variant"), ({"size": 100}, "size"), ({"size": 1 << 20}, "size"),
-     ({"depth_layers": 34}, "34"), ({"motion_scale": 0.0}, "motion_scale"), ({"motion_scale": float("nan")}, "motion_scale"),
+     ({"depth_layers": 34}, "34"),
+     ({"motion_scale": 0.0}, "motion_scale"), ({"motion_scale": float("nan")}, "motion_scale"),
      ({"keypoint_blocks": 1000}, "keypoint_blocks"), ({"depth_decoder_widths": (1, 2)}, "depth_decoder_widths"),
      ({"depth_decoder_widths": [1, 2, 3, 4, "x"]}, "depth_decoder_widths"), ({"surprise": 1}, "surprise"),
      ({"size": "256"}, "size"), ({"size": True}, "size")],
