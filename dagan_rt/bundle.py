@@ -1,0 +1,332 @@
+"""The exported directory: manifest, hashes, lookup.
+
+    bundle/
+        manifest.json            what this file declares, and the SHA-256 of every other file
+        source.onnx  driving.onnx  motion.onnx  generator.onnx
+        weights/                 the checkpoint, for the torch backend; may be left out
+            model.pth.tar
+            depth/encoder.pth  depth/depth.pth
+
+A manifest is untrusted input: it names files by plain relative names only, and nothing is read before its size is
+known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagan_rt.errors import InputError
+from dagan_rt.networks.config import NetworkConfig
+
+FORMAT = "dagan-rt bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+GRAPHS = ("source", "driving", "motion", "generator")
+WEIGHTS = "weights/model.pth.tar"
+DEPTH_WEIGHTS = "weights/depth"
+
+LARGEST_MANIFEST = 1 << 20  # bytes
+MOST_FILES = 256
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")  # no "..", no "/x", no "C:\\"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named input or output of a graph; a dimension is a size or the name of a dynamic axis."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain strings and lists, for the manifest."""
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the manifest says of one graph."""
+
+    name: str
+    file: Path
+    runs: str  # "once a source" or "every frame"
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle, of which every file was checked against the manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    config: NetworkConfig
+    graphs: Mapping[str, Graph] = field(repr=False)
+    #: What the export measured against PyTorch: graph -> output -> {max_abs, mean_abs, psnr, tolerance}.
+    errors: Mapping[str, Mapping[str, Mapping[str, float]]] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Check the manifest and the SHA-256 of every file it names; raises InputError that says what does not fit."""
+        root = Path(path)
+        manifest = _read_manifest(root)
+        _check_files(root, _mapping(manifest, "files", root))
+        try:
+            config = NetworkConfig.from_dict(_mapping(manifest, "config", root))
+        except InputError as error:
+            raise InputError(f"{root / MANIFEST}: {error}") from None
+        if manifest.get("variant") != config.variant:
+            raise InputError(
+                f"{root / MANIFEST}: variant must be that of the config, {config.variant!r}, "
+                f"got {manifest.get('variant')!r}"
+            )
+        return cls(root, manifest, config, _read_graphs(root, manifest), _read_errors(root, manifest))
+
+    def graph(self, name: str) -> Path:
+        """The ONNX file of one graph."""
+        if name not in self.graphs:
+            raise InputError(f"bundle {self.path} has no graph {name!r}; it has {', '.join(self.graphs)}")
+        return self.graphs[name].file
+
+    @property
+    def weights(self) -> Path | None:
+        """The checkpoint in the published layout, or None if the bundle was exported without it."""
+        return self.path / WEIGHTS if WEIGHTS in self.manifest["files"] else None
+
+    @property
+    def depth_weights(self) -> Path | None:
+        """The folder of the face depth network's two files, or None."""
+        listed = all(f"{DEPTH_WEIGHTS}/{name}" in self.manifest["files"] for name in ("encoder.pth", "depth.pth"))
+        return self.path / DEPTH_WEIGHTS if listed else None
+
+
+def describe(bundle: Bundle) -> str:
+    """A table of the bundle's files, graphs and measured errors, for a person to read."""
+    config, tools = bundle.config, _mapping(bundle.manifest, "tools", bundle.path)
+    lines = [
+        f"bundle     {bundle.path}",
+        f"variant    {config.variant}, {config.size} × {config.size} pixels, {config.num_keypoints} key points",
+        f"made with  {', '.join(f'{name} {version}' for name, version in tools.items())}",
+        "",
+        f"{'file':<28} {'size':>10}  SHA-256",
+    ]
+    for name, entry in bundle.manifest["files"].items():
+        lines.append(f"{name:<28} {entry['bytes'] / 1e6:>7.1f} MB  {entry['sha256'][:16]}…")
+    for graph in bundle.graphs.values():
+        lines += ["", f"{graph.name} ({graph.runs})"]
+        lines += [f"    in   {tensor.name:<18} {_shape(tensor)}" for tensor in graph.inputs]
+        for tensor in graph.outputs:
+            error = bundle.errors.get(graph.name, {}).get(tensor.name)
+            lines.append(f"    out  {tensor.name:<18} {_shape(tensor):<32} {_error(error)}".rstrip())
+    for backend, error in bundle.errors.get("reenactment", {}).items():
+        lines += ["", f"whole reenactment, {backend}, against PyTorch: {_error(error)}"]
+    # Names out of a foreign manifest must not steer the terminal.
+    return "\n".join("".join(letter if letter.isprintable() else "?" for letter in line) for line in lines)
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """The manifest's entry for one file: its size in bytes and its SHA-256."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha256.update(piece)
+    return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
+
+
+def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json over the files now in `root`; format, version and files are filled in here."""
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    files = {name: digest(root / name) for name in names if name != MANIFEST}
+    whole = {"format": FORMAT, "version": VERSION, **manifest, "files": files}
+    (root / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged(target: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that takes its place when the block ends well, and is deleted when not.
+
+    An existing bundle is replaced only with `force`, and stays as it is if the block fails. Anything else that
+    already stands at `target`, save an empty folder, is never touched: InputError.
+    """
+    target = Path(target)
+    check_target(target, force=force)
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        check_target(target, force=force)
+        _swap(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise InputError unless a bundle may be written to `target`."""
+    if not target.parent.is_dir():
+        raise InputError(f"{target} cannot be written: the folder {target.parent} does not exist, make it first")
+    if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        return
+    if target.is_symlink() or not target.is_dir() or not _is_bundle(target):
+        raise InputError(
+            f"{target} cannot be written: what stands there is not a bundle, choose another name"
+        )
+    if not force:
+        raise InputError(f"{target} is a bundle already: choose another name, or replace it with --force")
+
+
+def _is_bundle(path: Path) -> bool:
+    try:
+        _read_manifest(path)
+    except InputError:
+        return False
+    return True
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`; an older bundle steps aside first and comes back if the rename fails."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.replaced"
+    target.rename(aside)
+    try:
+        partial.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise InputError(f"bundle {root} must be a folder written by python -m dagan_rt.export, got {_kind(root)}")
+    if not path.is_file():
+        raise InputError(f"bundle {root} has no {MANIFEST}: it is not a bundle, or its export was cut off")
+    size = path.stat().st_size
+    if size > LARGEST_MANIFEST:
+        raise InputError(f"{path} must be at most {LARGEST_MANIFEST} bytes, got {size}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} must be JSON, got something else ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}")
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{path} has format version {manifest.get('version')!r}, this dagan-rt reads {VERSION}: export again"
+        )
+    return manifest
+
+
+def _check_files(root: Path, files: Mapping[str, Any]) -> None:
+    if len(files) > MOST_FILES:
+        raise InputError(f"{root / MANIFEST} must name at most {MOST_FILES} files, got {len(files)}")
+    paths = {name: _inside(root, name) for name in files}
+    for name, path in paths.items():  # all sizes before the first hash: they cost nothing
+        entry = files[name]
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
+            raise InputError(f"{root / MANIFEST}: the entry of file {name!r} must hold 'bytes' and 'sha256'")
+        if not path.is_file():
+            raise InputError(f"{path} is named in the manifest, got {_kind(path)}: copy the whole bundle again")
+        if path.stat().st_size != entry["bytes"]:
+            raise InputError(
+                f"{path} must be {entry['bytes']} bytes, got {path.stat().st_size}: "
+                "it is cut off or was changed after the export"
+            )
+    for name, path in paths.items():
+        found = digest(path)["sha256"]
+        if found != files[name]["sha256"]:
+            raise InputError(
+                f"{path} must have SHA-256 {files[name]['sha256'][:64]}, got {found}: it was changed after the export"
+            )
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The file `name` of the bundle, refused unless it lies inside, symbolic links followed."""
+    if not PLAIN_NAME.fullmatch(name):
+        raise InputError(f"{root / MANIFEST}: a file must have a plain relative name inside the bundle, got {name!r}")
+    path = root / name
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a link that points to itself
+        inside = False
+    if not inside:
+        raise InputError(f"{path} must lie inside the bundle, and links to a place outside it")
+    return path
+
+
+def _read_graphs(root: Path, manifest: Mapping[str, Any]) -> dict[str, Graph]:
+    declared = _mapping(manifest, "graphs", root)
+    missing = [name for name in GRAPHS if name not in declared]
+    if missing:
+        raise InputError(f"{root / MANIFEST} must declare the graphs {', '.join(GRAPHS)}, and lacks {missing[0]}")
+    graphs = {}
+    for name in declared:
+        entry = _mapping(declared, name, root)
+        if str(entry.get("file")) not in manifest["files"]:
+            raise InputError(
+                f"{root / MANIFEST}: graph {name!r} must name one of the bundle's files, got {entry.get('file')!r}"
+            )
+        inputs, outputs = (_read_tensors(entry.get(side), f"{root / MANIFEST}: graph {name!r}: {side}")
+                           for side in ("inputs", "outputs"))  # fmt: skip
+        graphs[name] = Graph(name, root / entry["file"], str(entry.get("runs", "")), inputs, outputs)
+    return graphs
+
+
+def _read_errors(root: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    errors = _mapping(manifest, "errors", root)
+    for name in errors:
+        for output, measured in _mapping(errors, name, root).items():
+            numbers = measured.values() if isinstance(measured, dict) else [None]
+            if not all(isinstance(value, (int, float)) and abs(value) < 1e300 for value in numbers):
+                raise InputError(f"{root / MANIFEST}: the errors of {name!r}, {output!r} must be finite numbers")
+    return errors
+
+
+def _read_tensors(entries: Any, where: str) -> tuple[Tensor, ...]:
+    try:
+        tensors = tuple(Tensor(str(entry["name"]), tuple(entry["shape"]), str(entry["dtype"])) for entry in entries)
+    except (KeyError, TypeError):
+        raise InputError(f"{where} must be a list of name, shape and dtype") from None
+    if not all(isinstance(size, (int, str)) for tensor in tensors for size in tensor.shape):
+        raise InputError(f"{where} must have shapes of numbers and axis names")
+    return tensors
+
+
+def _mapping(parent: Mapping[str, Any], name: str, root: Path) -> dict[str, Any]:
+    value = parent.get(name)
+    if not isinstance(value, dict):
+        raise InputError(f"{root / MANIFEST}: {name!r} must be an object, got {type(value).__name__}")
+    return value
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "a folder"
+    return "a file" if path.is_file() else "nothing there" if not os.path.lexists(path) else "no ordinary file"
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{tensor.dtype} [{', '.join(str(size) for size in tensor.shape)}]"
+
+
+def _error(error: Mapping[str, float] | None) -> str:
+    if error is None:
+        return ""
+    return (
+        f"largest error {error.get('max_abs', math.nan):.1e} (allowed {error.get('tolerance', math.nan):.0e}), "
+        f"{error.get('psnr', math.nan):.0f} dB"
+    )
