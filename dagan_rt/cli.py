@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dagan_rt import __version__
 from dagan_rt.errors import InputError
@@ -27,14 +27,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command and return its exit code, see `guarded`."""
+
+    def run() -> int:
+        arguments = build_parser().parse_args(argv)
+        return int(arguments.run(arguments) or 0)
+
+    return guarded("dagan-rt", run)
+
+
+def guarded(program: str, run: Callable[[], int]) -> int:
+    """Run a command and turn what went wrong into an exit code.
 
     0 done; 2 bad input or a file that cannot be read or written, with one sentence on stderr; 130 interrupted;
     141 when whatever read our output went away.
     """
     try:
-        arguments = build_parser().parse_args(argv)
-        code = int(arguments.run(arguments) or 0)
+        code = run()
         sys.stdout.flush()  # here, where a closed pipe can still be answered quietly
         return code
     except BrokenPipeError:
@@ -42,15 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except InputError as error:
-        return _fail(str(error))
+        message = str(error)
     except OSError as error:
         reason = error.strerror or str(error)
-        return _fail(f"{error.filename}: {reason}" if error.filename is not None else reason)
+        message = f"{error.filename}: {reason}" if error.filename is not None else reason
     except KeyboardInterrupt:
-        print("dagan-rt: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
-
-
-def _fail(message: str) -> int:
-    print(f"dagan-rt: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
