@@ -24,7 +24,8 @@ def version() -> str:
 TORCH = "torch>=2.6"
 TOMLI = 'tomli>=2; python_version < "3.11"'
 
-RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=16", "pillow>=10.1", "tqdm>=4.66", TOMLI]
+# PyAV 19 renamed much of what reading and muxing uses.
+RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=16,<19", "pillow>=10.1", "tqdm>=4.66", TOMLI]
 EXPORT = [TORCH, "onnx>=1.17", "onnxscript>=0.1", "onnxsim>=0.4.36"]
 TRAIN = [TORCH, "matplotlib>=3.8"]
 CHECKS = [

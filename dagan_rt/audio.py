@@ -26,6 +26,13 @@ LONGEST_STEP = 3600  # seconds
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 
 
+def open_media(file: Any) -> Any:
+    """An open file as a PyAV container, whatever its tags hold; raises what PyAV raises."""
+    # A playlist inside the file may not make the reader open the network.
+    network_off = {"protocol_whitelist": "file"}
+    return av.open(file, "r", metadata_errors="ignore", container_options=network_off, buffer_size=1 << 17)
+
+
 def kept_audio(container: Any) -> Any | None:
     """The audio stream of an open container that is carried over: the first one that can be decoded, or None."""
     for stream in container.streams.audio:
@@ -85,7 +92,7 @@ class AudioTrack:
         file = open_input(path, "video")
         container = None
         try:
-            container = av.open(file, "r", metadata_errors="ignore", container_options={"protocol_whitelist": "file"})
+            container = open_media(file)
             stream = kept_audio(container)
             if stream is not None:
                 return cls(path, file, container, stream, output)

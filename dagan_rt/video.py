@@ -18,7 +18,7 @@ import av.filter
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 
-from dagan_rt.audio import LONGEST_STEP, AudioTrack, Joined, kept_audio, start_time
+from dagan_rt.audio import LONGEST_STEP, AudioTrack, Joined, kept_audio, open_media, start_time
 from dagan_rt.errors import InputError
 from dagan_rt.files import AtomicFile, check_output, open_input
 from dagan_rt.images import check_picture
@@ -180,14 +180,7 @@ class Clock:
 def open_container(file: Any, path: Path) -> Any:
     """Open a media file for reading, or raise `InputError`."""
     try:
-        # A playlist inside the file may not make the reader open the network.
-        return av.open(
-            file,
-            "r",
-            metadata_errors="ignore",
-            container_options={"protocol_whitelist": "file"},
-            buffer_size=1 << 17,
-        )
+        return open_media(file)
     except (av.error.FFmpegError, ValueError, OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"video {path} is not a video this program reads, or is cut off: {reason}") from None
