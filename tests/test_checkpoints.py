@@ -559,9 +559,11 @@ def test_forged_shapes_cost_no_memory(saved):
     assert f"entry {key} must be [28, 28, 3, 3]" in refusal(
         load, tampered(path, lambda payload: payload["generator"].update({key: vast}))
     )
-    for key in ("first.conv.weight", "down_blocks.1.conv.weight"):
-        tampered(path, lambda payload, key=key: payload["generator"].update({key: vast}))
-    assert "parameters, more than" in refusal(load, tampered(path, lambda payload: payload.pop("config")))
+    for width, limit in ((60000, "generator_width must be from 1 to 1024"), (1024, "parameters, more than")):
+        for key, out in (("first.conv.weight", width), ("down_blocks.1.conv.weight", 4 * width)):
+            forged = torch.zeros(1).expand(out, out, 3, 3)
+            tampered(path, lambda payload, key=key, forged=forged: payload["generator"].update({key: forged}))
+        assert limit in refusal(load, tampered(path, lambda payload: payload.pop("config", None)))
 
 
 # --- files that are something else ---------------------------------------------------------------------------------
