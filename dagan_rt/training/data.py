@@ -39,6 +39,7 @@ class Augmentation:
     flip: bool = True
     time_flip: bool = True
     jitter: float = 0.1
+    still: float = 0.0  # share of pairs whose driving frame is the source itself
 
     @classmethod
     def none(cls) -> Augmentation:
@@ -98,6 +99,8 @@ def sample(clips: Clips, augmentation: Augmentation, seed: int, epoch: int, inde
     if augmentation.time_flip and rng.random() < 0.5:
         pair.reverse()
     flip = augmentation.flip and rng.random() < 0.5
+    if augmentation.still and rng.random() < augmentation.still:
+        pair[1] = pair[0]
     colour = colour_matrix(rng, augmentation.jitter) if augmentation.jitter else None
     return {
         **_tensors(pair[0], "source", flip, colour),

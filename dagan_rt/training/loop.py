@@ -120,7 +120,7 @@ class Trainer:
         threads = data.workers if data.kind == "clips" else 1
         self.loader = Loader(
             self.clips, self.stage.batch, _mix(self.recipe.training.seed, number),
-            Augmentation(data.flip, data.time_flip, data.jitter), data.repeats, threads,
+            Augmentation(data.flip, data.time_flip, data.jitter, self.stage.still), data.repeats, threads,
         )  # fmt: skip
 
     def _optimizer(self, name: str, part: nn.Module) -> torch.optim.Adam:

@@ -93,6 +93,7 @@ class Stage:
     warmup: int = 0  # steps of linear rise from 0
     losses: LossWeights = field(default_factory=LossWeights)
     networks: tuple[str, ...] = TRAINABLE  # the ones that train
+    still: float = 0.0  # share of pairs that do not move: the image's detail is learnt before it can be carried along
     freeze_norm: bool = False  # batch norm uses the statistics it has: no noise from the batch's other faces
 
     def length(self, clips: int) -> int:
@@ -209,6 +210,8 @@ def _stage(entry: dict[str, Any], base: Stage, network: NetworkConfig, name: str
     _refuse_unknown(dict.fromkeys(stage.networks), TRAINABLE, name, f"{where}.networks")
     if not 1 <= stage.batch <= 4096:
         raise InputError(f"{name}: {where}.batch must be between 1 and 4096, got {stage.batch}")
+    if stage.still > 1:
+        raise InputError(f"{name}: {where}.still must be between 0 and 1, got {stage.still}")
     try:
         replace(network, size=stage.size, motion_scale=stage.motion_scale)
     except InputError as error:

@@ -287,3 +287,14 @@ def test_held_out_clips_are_never_trained_on(tmp_path: Path) -> None:
     (tmp_path / "clip1").rename(tmp_path / "test" / "y")
     training, held_out = data_sets(parse_recipe(text.format(tmp_path, 2)), progress=False)
     assert (training.name(0), held_out.name(0), len(training), len(held_out)) == ("x", "y", 1, 1)
+
+
+def test_a_share_of_pairs_stands_still(drawn: HeadsData) -> None:
+    still = Augmentation(flip=True, time_flip=True, jitter=0.1, still=0.5)
+    pairs = [sample(drawn, still, 0, 0, index) for index in range(60)]
+    same = [
+        all(np.array_equal(pair[f"source{end}"], pair[f"driving{end}"]) for end in ("", "_landmarks")) for pair in pairs
+    ]
+    assert 15 < sum(same) < 45
+    moving = [sample(drawn, Augmentation(), 0, 0, index) for index in range(20)]
+    assert not any(np.array_equal(pair["source"], pair["driving"]) for pair in moving)

@@ -108,6 +108,7 @@ def test_cosine_and_warmup() -> None:
         (SMALLEST + "schedule = 'linear'\n", r"stage\[0\].schedule must be constant, cosine or milestones"),
         (SMALLEST + "networks = ['ears']\n", r"stage\[0\].networks.ears is not a known key; expected one of generator"),
         (SMALLEST + "size = 100\n", r"stage\[0\] size must be a multiple of 32"),
+        (SMALLEST + "still = 1.5\n", r"stage\[0\].still must be between 0 and 1, got 1.5"),
         (SMALLEST + "batch = 5000\n", r"stage\[0\].batch must be between 1 and 4096"),
         (SMALLEST + "losses = {pixel = 'much'}\n", r"stage\[0\].losses.pixel must be float, got str 'much'"),
         (
