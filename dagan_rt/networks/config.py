@@ -59,8 +59,8 @@ class NetworkConfig:
             raise InputError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.depth_layers not in (18, 50):
             raise InputError(f"depth_layers must be 18 or 50, got {self.depth_layers!r}")
-        if self.motion_scale not in (1.0, 0.5, 0.25, 0.125):
-            raise InputError(f"motion_scale must be 1, 0.5, 0.25 or 0.125, got {self.motion_scale!r}")
+        if self.motion_scale not in [1 / whole for whole in range(1, 17)]:
+            raise InputError(f"motion_scale must be 1 over a whole number up to 16, got {self.motion_scale!r}")
         for name, most in _MOST.items():
             value = getattr(self, name)
             if not 1 <= value <= most:
