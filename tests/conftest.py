@@ -82,21 +82,45 @@ def fill() -> Any:
     return _fill()
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported `dagan` bundle at 64 pixels: every part there, few channels, random weights."""
+def _small_model(variant: str, seed: int = 0) -> Any:
     import torch
 
-    from dagan_rt import checkpoints
-    from dagan_rt.export.__main__ import main as export
     from dagan_rt.networks.config import NetworkConfig
     from dagan_rt.networks.model import Model
+    from dagan_rt.networks.variants import VARIANTS
 
-    torch.manual_seed(0)
-    narrow = {"keypoint_width": 4, "motion_width": 4, "generator_width": 8, "query_width": 4, "depth_width": 8}
-    config = NetworkConfig(variant="dagan", size=64, keypoint_blocks=2, motion_blocks=2, residual_blocks=1, **narrow)
+    config = NetworkConfig(
+        variant=variant, size=64, num_keypoints=VARIANTS[variant].num_keypoints, depth_width=8,
+        depth_decoder_widths=(4, 4, 8, 8, 8), keypoint_width=4, keypoint_max=16, keypoint_blocks=2, motion_width=4,
+        motion_max=16, motion_blocks=2, generator_width=8, generator_max=16, residual_blocks=1, query_width=4,
+        spade_width=8, spade_hidden=8, discriminator_width=4, discriminator_max=8, discriminator_blocks=2,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Model(config).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("running_var"):
+            tensor.data.uniform_(0.5, 1.5)
+        elif name.endswith(("running_mean", "gamma")):
+            tensor.data.add_(0.2 * torch.randn_like(tensor))
+        elif name.endswith("jacobian.weight"):
+            tensor.data.add_(0.02 * torch.randn_like(tensor))  # more, and some frames are nearly singular
+    return model
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Any:
+    """`small_model(variant, seed=0)`: 64 pixels, few channels; batch norms and attention away from a neutral start."""
+    return _small_model
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported `dagan` bundle of the small model."""
+    from dagan_rt import checkpoints
+    from dagan_rt.export.__main__ import main as export
+
     root = tmp_path_factory.mktemp("tiny")
-    checkpoints.save(root / "model.pth.tar", Model(config).eval(), depth_dir=root / "depth")
+    checkpoints.save(root / "model.pth.tar", _small_model("dagan"), depth_dir=root / "depth")
     options = ["--checkpoint", root / "model.pth.tar", "--depth", root / "depth", "--out", root / "bundle"]
     assert export([str(option) for option in options]) == 0
     return root / "bundle"

@@ -12,41 +12,15 @@ import pytest
 
 from dagan_rt import InputError, Reenactor, backends
 from dagan_rt.bundle import Bundle
-from dagan_rt.networks.config import NetworkConfig
 from dagan_rt.training.heads import HELD_OUT, draw_clip
-
-SMALL = NetworkConfig(
-    variant="dagan_spade",  # the variant that uses every input
-    size=64,
-    num_keypoints=15,
-    depth_width=8,
-    depth_decoder_widths=(4, 4, 8, 8, 8),
-    keypoint_width=4,
-    keypoint_max=16,
-    keypoint_blocks=2,
-    motion_width=4,
-    motion_max=16,
-    motion_blocks=2,
-    generator_width=8,
-    generator_max=16,
-    query_width=4,
-    spade_width=8,
-    spade_hidden=8,
-    discriminator_width=4,
-    discriminator_max=8,
-    discriminator_blocks=2,
-)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    import torch
-
+def bundle(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from dagan_rt.export import export
-    from dagan_rt.networks.model import Model
 
-    torch.manual_seed(0)
-    return export(Model(SMALL), tmp_path_factory.mktemp("conformance") / "bundle")[0]
+    # The variant that uses every input.
+    return export(small_model("dagan_spade"), tmp_path_factory.mktemp("conformance") / "bundle")[0]
 
 
 @pytest.fixture(scope="module", params=backends.names())
@@ -58,8 +32,8 @@ def backend(request: pytest.FixtureRequest, bundle: Bundle) -> Any:
 
 
 @pytest.fixture(scope="module")
-def frames() -> np.ndarray:
-    return draw_clip(HELD_OUT.start + 5, 12, SMALL.size).frames[::4]
+def frames(bundle: Bundle) -> np.ndarray:
+    return draw_clip(HELD_OUT.start + 5, 12, bundle.config.size).frames[::4]
 
 
 def random_inputs(bundle: Bundle, graph: str, batch: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -27,45 +27,8 @@ from dagan_rt.networks.variants import VARIANTS
 from dagan_rt.transfer import transfer
 
 
-def small_model(variant: str, seed: int = 0) -> Model:
-    """Random weights, batch norms and attention away from their neutral start."""
-    torch.manual_seed(seed)
-    model = Model(
-        NetworkConfig(
-            variant=variant,
-            size=64,
-            num_keypoints=VARIANTS[variant].num_keypoints,
-            depth_width=8,
-            depth_decoder_widths=(4, 4, 8, 8, 8),
-            keypoint_width=4,
-            keypoint_max=16,
-            keypoint_blocks=2,
-            motion_width=4,
-            motion_max=16,
-            motion_blocks=2,
-            generator_width=8,
-            generator_max=16,
-            residual_blocks=1,
-            query_width=4,
-            spade_width=8,
-            spade_hidden=8,
-            discriminator_width=4,
-            discriminator_max=8,
-            discriminator_blocks=2,
-        )
-    ).eval()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("running_var"):
-            tensor.data.uniform_(0.5, 1.5)
-        elif name.endswith(("running_mean", "gamma")):
-            tensor.data.add_(0.2 * torch.randn_like(tensor))
-        elif name.endswith("jacobian.weight"):
-            tensor.data.add_(0.02 * torch.randn_like(tensor))  # more, and some frames are nearly singular
-    return model
-
-
 @pytest.fixture(scope="module", params=VARIANTS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def exported(request: pytest.FixtureRequest, small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(model, bundle, errors) of each variant."""
     model = small_model(request.param)
     bundle, errors = export(model, tmp_path_factory.mktemp(request.param) / "bundle", weights=request.param == "dagan")
@@ -156,7 +119,7 @@ def test_the_manifest_tells_versions_and_errors(exported: Any) -> None:
     assert set(errors["reenactment"]) == ({"onnxruntime", "torch"} if bundle.weights else {"onnxruntime"})
 
 
-def test_an_export_is_reproducible(tmp_path: Path) -> None:
+def test_an_export_is_reproducible(small_model: Any, tmp_path: Path) -> None:
     model = small_model("fomm")
     hashes = []
     for name in ("first", "second"):
@@ -183,15 +146,16 @@ def break_graph(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["source", "driving", "motion", "generator"])
 def test_a_graph_that_is_not_the_network_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+    small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     break_graph(monkeypatch, name)
     with pytest.raises(ExportError, match=f"the exported {name} is not the network: .* nothing was written"):
         export(small_model("baseline"), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_export_keeps_the_older_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_keeps_the_older_bundle(
+    small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(small_model("fomm"), tmp_path / "bundle", weights=False)
     before = {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
     break_graph(monkeypatch, "generator")
@@ -225,7 +189,7 @@ def test_the_table_marks_what_failed() -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A small dagan in the published layout: the arguments that name it."""
     folder = tmp_path_factory.mktemp("checkpoint")
     checkpoints.save(folder / "model.pth.tar", small_model("dagan"), depth_dir=folder / "depth")

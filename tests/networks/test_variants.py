@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,23 +11,7 @@ import torch
 from dagan_rt.errors import InputError
 from dagan_rt.networks.attention import CrossModalAttention, cross_attention
 from dagan_rt.networks.config import NetworkConfig
-from dagan_rt.networks.model import Model
 from dagan_rt.networks.variants import VARIANTS
-
-SMALL = NetworkConfig(
-    size=64, num_keypoints=5, depth_width=4, depth_decoder_widths=(4, 4, 4, 4, 4), keypoint_width=4, keypoint_max=16,
-    keypoint_blocks=3, motion_width=4, motion_max=16, motion_blocks=3, generator_width=4, generator_max=16,
-    residual_blocks=1, query_width=4, spade_width=4, spade_hidden=4, discriminator_width=4, discriminator_max=16,
-)  # fmt: skip
-
-
-def small(variant: str) -> Model:
-    torch.manual_seed(0)
-    model = Model(dataclasses.replace(SMALL, variant=variant)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            torch.nn.init.constant_(parameter, 0.5)  # at its initial zero, attention would not show
-    return model
 
 
 def test_attention_matches_loops_in_float64() -> None:
@@ -49,8 +33,8 @@ def test_attention_at_its_initial_gamma_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_reenacts(variant: str) -> None:
-    model = small(variant)
+def test_every_variant_reenacts(small_model: Any, variant: str) -> None:
+    model = small_model(variant)
     image, driving = torch.rand(2, 2, 3, 64, 64).unbind(0)
     with torch.inference_mode():
         generated = model(image, driving)
@@ -62,8 +46,10 @@ def test_every_variant_reenacts(variant: str) -> None:
 
 
 @pytest.mark.parametrize(("variant", "used"), [("dagan", True), ("dagan_sa", False), ("dagan_spade", True)])
-def test_depth_reaches_the_attention_only_where_the_table_says(variant: str, used: bool) -> None:
-    model = small(variant)
+def test_depth_reaches_the_attention_only_where_the_table_says(
+    small_model: Any, variant: str, used: bool
+) -> None:
+    model = small_model(variant)
     image = torch.rand(1, 3, 64, 64)
     points = model.find_keypoints(image)
     with torch.inference_mode():
@@ -88,4 +74,5 @@ def test_a_config_from_a_file_is_not_believed(changes: dict[str, object], word: 
 
 
 def test_a_config_survives_its_dictionary() -> None:
-    assert NetworkConfig.from_dict(SMALL.to_dict()) == SMALL
+    config = NetworkConfig(variant="fomm", size=128, num_keypoints=10, depth_decoder_widths=(1, 2, 3, 4, 5))
+    assert NetworkConfig.from_dict(config.to_dict()) == config
