@@ -13,6 +13,9 @@ from dagan_rt.training.heads.shape import Face, normal, surface
 FAR = 3.0
 """Depth of the background behind the middle of the head, in head radii."""
 
+ARRIVED = 2e-4
+"""A ray whose `surface` is this near to zero has arrived: less than a hundredth of a pixel at 128 pixels."""
+
 _PIVOT = np.array([0.0, 0.45, -0.25])
 
 Rays = np.ndarray | list[np.ndarray]
@@ -106,7 +109,7 @@ def light_up(scene: Scene, normals: np.ndarray, albedo: np.ndarray, gloss: float
 def _add_head(canvas: Canvas, person: Person, scene: Scene, face: Face, placement: Placement) -> None:
     index, origin, ray = _rays_near(canvas, scene, placement, (person.width * 1.3, 1.38, person.depth * 1.4))
     nearest = _closest(origin, ray, (person.width, 1.0, person.depth))
-    edge = _lowest(face, origin, ray, nearest)
+    edge = _lowest(face, origin, ray, nearest, deep=canvas.pixel)
     depth, miss = trace(face, person, origin, ray)
     cover = np.clip(0.5 - edge * (1.0 / (1.25 * canvas.pixel)), 0.0, 1.0)
     # The nose can stand out beyond the silhouette of the body: a ray that hits it there covers its pixel.
@@ -125,38 +128,47 @@ def _add_head(canvas: Canvas, person: Person, scene: Scene, face: Face, placemen
 
 def trace(face: Face, person: Person, origin: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Follow rays (origin [3], ray [3, N], one depth unit long) to the skin: depth [N], |surface| left there [N]."""
-    start = _enter(origin, ray, (person.width * 1.12 + 0.04, person.crown * 1.02 + 0.12, person.depth * 1.06 + 0.22))
-    depth = start
-    value = surface(face, origin[0] + depth * ray[0], origin[1] + depth * ray[1], origin[2] + depth * ray[2])
+    depth = _enter(origin, ray, (person.width * 1.12 + 0.04, person.crown * 1.02 + 0.12, person.depth * 1.06 + 0.22))
+    left = _along(face, origin, ray, depth)
+    going, at, value = np.arange(depth.size), depth, left  # the rays still on their way
     step = 0.55 * value
     for turn in range(10):
-        depth = depth + step
-        before, value = (
-            value,
-            surface(face, origin[0] + depth * ray[0], origin[1] + depth * ray[1], origin[2] + depth * ray[2]),
-        )
+        at = at + step
+        before, value = value, _along(face, origin, ray, at)
         if turn < 4:
             step = 0.6 * value
-        else:
-            fall = before - value
-            # Secant steps where the ray still sinks into the head, plain steps elsewhere.
-            secant = value * step / np.where(np.abs(fall) > 1e-7, fall, 1e-7)
-            step = np.where(fall * step > 0.0, np.clip(secant, -0.08, 0.10), 0.6 * value)
-    return depth, np.abs(value)
+            continue
+        depth[going], left[going] = at, value
+        # Most rays arrive within a few steps; what goes on is the edge, and rays that miss.
+        keep = np.abs(value) > ARRIVED
+        going, at, ray, step = going[keep], at[keep], ray[:, keep], step[keep]
+        before, value = before[keep], value[keep]
+        fall = before - value
+        # Secant steps where the ray still sinks into the head, plain steps elsewhere.
+        secant = value * step / np.where(np.abs(fall) > 1e-7, fall, 1e-7)
+        step = np.where(fall * step > 0.0, np.clip(secant, -0.08, 0.10), 0.6 * value)
+    return depth, np.abs(left)
 
 
-def _lowest(face: Face, origin: np.ndarray, ray: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """The surface value where the ray is deepest: from a parabola through three samples."""
+def _along(face: Face, origin: np.ndarray, ray: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """`surface` at a depth along each ray."""
+    return surface(face, origin[0] + depth * ray[0], origin[1] + depth * ray[1], origin[2] + depth * ray[2])
+
+
+def _lowest(face: Face, origin: np.ndarray, ray: np.ndarray, middle: np.ndarray, deep: float) -> np.ndarray:
+    """The surface value where the ray is deepest: from a parabola through three samples.
+
+    Rays already below -`deep` in the middle are surely inside; their value there is all that is asked.
+    """
     half = 0.22
-    at = [
-        surface(face, origin[0] + s * ray[0], origin[1] + s * ray[1], origin[2] + s * ray[2])
-        for s in (middle - half, middle, middle + half)
-    ]
-    bend = np.maximum(at[0] + at[2] - 2.0 * at[1], 1e-3)
-    slope = at[2] - at[0]
-    vertex = middle - half * np.clip(0.5 * slope / bend, -1.5, 1.5)
-    there = surface(face, origin[0] + vertex * ray[0], origin[1] + vertex * ray[1], origin[2] + vertex * ray[2])
-    return np.minimum(there, at[1])
+    lowest = _along(face, origin, ray, middle)
+    edge = np.flatnonzero(lowest > -deep)
+    ray, middle, centre = ray[:, edge], middle[edge], lowest[edge]
+    before, after = (_along(face, origin, ray, middle + offset) for offset in (-half, half))
+    bend = np.maximum(before + after - 2.0 * centre, 1e-3)
+    vertex = middle - half * np.clip(0.5 * (after - before) / bend, -1.5, 1.5)
+    lowest[edge] = np.minimum(_along(face, origin, ray, vertex), centre)
+    return lowest
 
 
 def _rays_near(
