@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from dagan_rt.errors import InputError, require
+from dagan_rt.errors import InputError
+from dagan_rt.images import center_square
 from dagan_rt.training.augment import colour_matrix, jitter, mirror_image, mirror_landmarks
 
 VIDEO_ENDINGS = (".mp4", ".gif", ".mov", ".mkv", ".webm", ".avi")
@@ -237,7 +238,7 @@ class ClipFolder:
             raise
         except Exception as error:  # decoders raise many kinds; each means this clip is of no use
             raise BadClip(f"{path}: {error}") from None
-        return [Frame(_square(image, self.size)) for image in images]
+        return [Frame(center_square(image, self.size)) for image in images]
 
     def subset(self, chosen: Sequence[int]) -> ClipFolder:
         """The same folder restricted to some clips."""
@@ -276,7 +277,8 @@ def _index_clip(path: Path) -> list[Any]:
 
 
 def _presentation_times(path: Path) -> list[int]:
-    av = require("av", extra="train", why="reading videos")
+    import av
+
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -289,7 +291,10 @@ def _presentation_times(path: Path) -> list[int]:
 
 def _read_video(path: Path, times: Sequence[int]) -> list[np.ndarray]:
     """Decode the frames shown at `times`, each from the key frame before it."""
-    av = require("av", extra="train", why="reading videos")
+    import av
+
+    from dagan_rt.video import upright_rgb
+
     found: dict[int, np.ndarray] = {}
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -298,7 +303,7 @@ def _read_video(path: Path, times: Sequence[int]) -> list[np.ndarray]:
                 container.seek(time if rewind else 0, stream=stream, backward=True)
                 for frame in container.decode(stream):
                     if frame.pts == time:
-                        found[time] = frame.to_ndarray(format="rgb24")
+                        found[time] = upright_rgb(frame)
                         break
                     if frame.pts is not None and frame.pts > time:
                         break
@@ -316,19 +321,6 @@ def _read_image(path: Path) -> np.ndarray:
         if max(image.size) > LARGEST_SIDE:
             raise BadClip(f"{path}: image of {image.size}, at most {LARGEST_SIDE} a side")
         return np.asarray(image.convert("RGB"))
-
-
-def _square(image: np.ndarray, size: int) -> np.ndarray:
-    from PIL import Image
-
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    image = image[top : top + side, left : left + side]
-    if side == size:
-        return image
-    filter = Image.Resampling.BOX if side % size == 0 else Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(image).resize((size, size), filter))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

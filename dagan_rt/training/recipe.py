@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dagan_rt.errors import InputError, require
 from dagan_rt.networks.config import NetworkConfig
+from dagan_rt.training.heads import TRAINING
 from dagan_rt.training.losses import DEFAULT_LANDMARKS, LossWeights
 
 TRAINABLE = ("generator", "keypoints", "depth", "discriminator")
@@ -225,8 +226,9 @@ def _check_data(data: DataRecipe, name: str) -> None:
     for key, least in (("identities", 1), ("frames", 2), ("repeats", 1), ("held_out", 0), ("held_out_pairs", 1)):
         if getattr(data, key) < least:
             raise InputError(f"{name}: data.{key} must be at least {least}, got {getattr(data, key)}")
-    if data.first_identity < 0 or data.first_identity + data.identities > 1_000_000:
-        raise InputError(f"{name}: data.first_identity and data.identities must stay within 0 to 999999")
+    if data.first_identity < 0 or data.first_identity + data.identities > TRAINING.stop:
+        last = TRAINING.stop - 1
+        raise InputError(f"{name}: data.first_identity and data.identities must stay within 0 to {last}")
     if not 0 <= data.jitter <= 0.5:
         raise InputError(f"{name}: data.jitter must be between 0 and 0.5, got {data.jitter}")
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from dagan_rt.errors import InputError
 from dagan_rt.training.data import ClipFolder, HeadsData
+from dagan_rt.training.heads import HELD_OUT
 from dagan_rt.training.recipe import Recipe
-
-FIRST_HELD_OUT = 1_000_000  # identities from here on are never trained on
 
 
 def data_sets(recipe: Recipe, progress: bool = True) -> tuple[Any, Any | None]:
@@ -19,7 +18,7 @@ def data_sets(recipe: Recipe, progress: bool = True) -> tuple[Any, Any | None]:
         return _clip_folders(recipe, progress)
     data, size = recipe.data, recipe.largest_size
     identities = range(data.first_identity, data.first_identity + data.identities)
-    held_out = range(FIRST_HELD_OUT, FIRST_HELD_OUT + data.held_out)
+    held_out = HELD_OUT[: data.held_out]
 
     def draw(chosen: range) -> HeadsData:
         return HeadsData(chosen, data.frames, size, data.seed, data.cache, data.workers, progress)

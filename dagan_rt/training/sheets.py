@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dagan_rt.images import write_image
+
 _PAPER = (250, 250, 248)
 _INK = (40, 40, 40)
 
@@ -76,12 +78,9 @@ def depth_image(disparity: np.ndarray) -> np.ndarray:
 
 
 def write_sheet(path: str | Path, sheet: np.ndarray) -> None:
-    """Write a sheet as PNG, complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    Image.fromarray(sheet).save(temporary, format="PNG")
-    temporary.replace(path)
+    """Write a sheet as PNG, complete or not at all, into a folder that is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, sheet)
 
 
 def _checked(image: np.ndarray) -> np.ndarray:
