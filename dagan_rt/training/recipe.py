@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
-import types
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from dagan_rt.errors import InputError, require
+from dagan_rt.errors import InputError
 from dagan_rt.networks.config import NetworkConfig
+from dagan_rt.tables import fill, parse, read_text, refuse_unknown, table
 from dagan_rt.training.heads import TRAINING
 from dagan_rt.training.losses import DEFAULT_LANDMARKS, LossWeights
 
@@ -46,6 +44,11 @@ class LearningRates:
     keypoints: float = 2e-4
     depth: float = 2e-4
     discriminator: float = 2e-4
+
+    @classmethod
+    def from_number(cls, rate: float) -> LearningRates:
+        """One rate for all networks."""
+        return cls(*(rate,) * len(TRAINABLE))
 
 
 @dataclass(frozen=True)
@@ -158,31 +161,22 @@ class Recipe:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe file. InputError names the file and the key of what is wrong."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} cannot be read: {error}") from None
-    return parse_recipe(text, str(path))
+    return parse_recipe(read_text(path), str(path))
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """Check a recipe given as TOML text; `name` is what error messages call it."""
-    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", extra="train", why="reading recipes")
-    try:
-        tables = toml.loads(text)
-    except toml.TOMLDecodeError as error:
-        raise InputError(f"{name} is not valid TOML: {error}") from None
+    tables = parse(text, name)
     known = ("network", "data", "training", "vgg", "losses", "stage")
-    _refuse_unknown(tables, known, name, "")
+    refuse_unknown(tables, known, name, "")
     try:
-        network = NetworkConfig.from_dict(_table(tables, "network", name))
+        network = NetworkConfig.from_dict(table(tables, "network", name))
     except InputError as error:
         raise InputError(f"{name}: [network] {error}") from None
-    data = _fill(DataRecipe, _table(tables, "data", name), name, "data")
-    training = _fill(TrainingRecipe, _table(tables, "training", name), name, "training")
-    vgg = _fill(VggRecipe, _table(tables, "vgg", name), name, "vgg")
-    losses = _fill(LossWeights, _table(tables, "losses", name), name, "losses")
+    data = fill(DataRecipe, table(tables, "data", name), name, "data")
+    training = fill(TrainingRecipe, table(tables, "training", name), name, "training")
+    vgg = fill(VggRecipe, table(tables, "vgg", name), name, "vgg")
+    losses = fill(LossWeights, table(tables, "losses", name), name, "losses")
     _check_data(data, name)
     _check_training(training, name)
     entries = tables.get("stage", [])
@@ -201,14 +195,14 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
 
 def _stage(entry: dict[str, Any], base: Stage, network: NetworkConfig, name: str, index: int) -> Stage:
     where = f"stage[{index}]"
-    stage = _fill(Stage, entry, name, where, base)
+    stage = fill(Stage, entry, name, where, base)
     if not stage.name:
         raise InputError(f'{name}: {where} has no name; give it one, such as name = "coarse"')
     if (stage.steps > 0) == (stage.epochs > 0):
         raise InputError(f"{name}: {where} must give either steps or epochs, a whole number above 0")
     if stage.schedule not in ("constant", "cosine", "milestones"):
         raise InputError(f"{name}: {where}.schedule must be constant, cosine or milestones, got {stage.schedule!r}")
-    _refuse_unknown(dict.fromkeys(stage.networks), TRAINABLE, name, f"{where}.networks")
+    refuse_unknown(dict.fromkeys(stage.networks), TRAINABLE, name, f"{where}.networks")
     if not 1 <= stage.batch <= 4096:
         raise InputError(f"{name}: {where}.batch must be between 1 and 4096, got {stage.batch}")
     if stage.still > 1:
@@ -239,52 +233,3 @@ def _check_training(training: TrainingRecipe, name: str) -> None:
     for key in ("log_every", "checkpoint_every", "sheet_every", "evaluate_every", "keep"):
         if getattr(training, key) < 1:
             raise InputError(f"{name}: training.{key} must be at least 1, got {getattr(training, key)}")
-
-
-def _table(tables: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
-    value = tables.get(key, {})
-    if not isinstance(value, dict):
-        raise InputError(f"{name}: [{key}] must be a table, got {type(value).__name__}")
-    return value
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], name: str, where: str) -> None:
-    for key in given:
-        if key not in known:
-            dotted = f"{where}.{key}" if where else key
-            raise InputError(f"{name}: {dotted} is not a known key; expected one of {', '.join(known)}")
-
-
-def _fill(cls: Any, table: Mapping[str, Any], name: str, where: str, base: Any = None) -> Any:
-    """A frozen dataclass from a TOML table; what the table leaves out comes from `base` or the defaults."""
-    hints = get_type_hints(cls)
-    _refuse_unknown(table, tuple(entry.name for entry in fields(cls)), name, where)
-    values = {}
-    for key, value in table.items():
-        previous = getattr(base, key, None) if base is not None else None
-        values[key] = _checked(value, hints[key], name, f"{where}.{key}", previous)
-    return replace(base, **values) if base is not None else cls(**values)
-
-
-def _checked(value: Any, hint: Any, name: str, where: str, previous: Any) -> Any:
-    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-        if hint is LearningRates and type(value) in (int, float):  # one number stands for all networks
-            value = dict.fromkeys(TRAINABLE, value)
-        if not isinstance(value, dict):
-            raise InputError(f"{name}: {where} must be a table, got {type(value).__name__}")
-        return _fill(hint, value, name, where, previous)
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(option for option in get_args(hint) if option is not type(None))
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
-            length = "" if kinds[-1] is Ellipsis else f"{len(kinds)} "
-            raise InputError(f"{name}: {where} must be a list of {length}{kinds[0].__name__}, got {value!r}")
-        return tuple(_checked(entry, kinds[0], name, f"{where}[{i}]", None) for i, entry in enumerate(value))
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        raise InputError(f"{name}: {where} must be {hint.__name__}, got {type(value).__name__} {value!r}")
-    if hint in (int, float) and not 0 <= value < math.inf:
-        raise InputError(f"{name}: {where} must be finite and not negative, got {value!r}")
-    return value
