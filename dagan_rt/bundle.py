@@ -2,10 +2,12 @@
 
     bundle/
         manifest.json            what this file declares, and the SHA-256 of every other file
+        verify.json              what the export measured against PyTorch
         source.onnx  driving.onnx  motion.onnx  generator.onnx
         weights/                 the checkpoint, for the torch backend; may be left out
             model.pth.tar
             depth/encoder.pth  depth/depth.pth
+        engines/<key>/           engines of one TensorRT flavour, version and GPU, where they were asked for
 
 A manifest is untrusted input: it names files by plain relative names only, and nothing is read before its size is
 known.
@@ -13,24 +15,22 @@ known.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import math
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dagan_rt.errors import InputError
 from dagan_rt.networks.config import NetworkConfig
+from dagan_rt.report import REPORT, Report
+from dagan_rt.tables import printable
 
 FORMAT = "dagan-rt bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 GRAPHS = ("source", "driving", "motion", "generator")
 WEIGHTS = "weights/model.pth.tar"
@@ -38,6 +38,7 @@ DEPTH_WEIGHTS = "weights/depth"
 
 LARGEST_MANIFEST = 1 << 20  # bytes
 MOST_FILES = 256
+LARGEST_BATCH = 1024
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")  # no "..", no "/x", no "C:\\"
 
 
@@ -55,14 +56,46 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class BatchProfile:
+    """How many faces a graph takes at once: from `least` to `most`, tuned for `usual`; fixed where all are equal."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.usual <= self.most <= LARGEST_BATCH:
+            raise InputError(
+                f"batch must be N or MIN:USUAL:MAX with 1 <= MIN <= USUAL <= MAX <= {LARGEST_BATCH}, got {self}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> BatchProfile:
+        """`"4"` is always four; `"1:8:32"` is one to 32, tuned for eight. InputError for anything else."""
+        sizes = text.split(":")
+        if len(sizes) not in (1, 3) or not all(re.fullmatch(r"[0-9]{1,9}", size) for size in sizes):
+            raise InputError(f"batch must be N, as 1, or MIN:USUAL:MAX, as 1:8:32, got {text!r}")
+        return cls(*(int(size) for size in (sizes * 3)[:3]))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is one size only."""
+        return self.least == self.most
+
+    def __str__(self) -> str:
+        return str(self.least) if self.fixed else f"{self.least}:{self.usual}:{self.most}"
+
+
+@dataclass(frozen=True)
 class Graph:
     """What the manifest says of one graph."""
 
     name: str
     file: Path
-    runs: str  # "once a source" or "every frame"
+    runs: str  # "once a source", "every frame" or "a part, alone"
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -73,8 +106,7 @@ class Bundle:
     manifest: Mapping[str, Any] = field(repr=False)
     config: NetworkConfig
     graphs: Mapping[str, Graph] = field(repr=False)
-    #: What the export measured against PyTorch: graph -> output -> {max_abs, mean_abs, psnr, tolerance}.
-    errors: Mapping[str, Mapping[str, Mapping[str, float]]] = field(repr=False)
+    batch: BatchProfile
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -82,8 +114,14 @@ class Bundle:
         root = Path(path)
         manifest = _read_manifest(root)
         _check_files(root, _mapping(manifest, "files", root))
+        return cls.described(root, manifest)
+
+    @classmethod
+    def described(cls, root: Path, manifest: Mapping[str, Any]) -> Bundle:
+        """The bundle in the folder `root` that `manifest` describes; its files are not looked at."""
         try:
             config = NetworkConfig.from_dict(_mapping(manifest, "config", root))
+            batch = BatchProfile.parse(str(manifest.get("batch")))
         except InputError as error:
             raise InputError(f"{root / MANIFEST}: {error}") from None
         if manifest.get("variant") != config.variant:
@@ -91,7 +129,24 @@ class Bundle:
                 f"{root / MANIFEST}: variant must be that of the config, {config.variant!r}, "
                 f"got {manifest.get('variant')!r}"
             )
-        return cls(root, manifest, config, _read_graphs(root, manifest), _read_errors(root, manifest))
+        return cls(root, manifest, config, _read_graphs(root, manifest), batch)
+
+    @property
+    def report(self) -> Report:
+        """What the export measured."""
+        if REPORT not in self.manifest["files"]:
+            raise InputError(f"bundle {self.path} holds no {REPORT}: export it again")
+        return Report.read(self.path / REPORT)
+
+    @property
+    def cannot_reenact(self) -> str | None:
+        """None, or why this bundle has nothing for a `Reenactor`."""
+        missing = [name for name in GRAPHS if name not in self.graphs]
+        if missing:
+            return f"it was exported with --only and lacks the graph {missing[0]}"
+        if self.batch.least > 1:
+            return f"its graphs take batches of {self.batch}, and a session is one face: export with --batch 1"
+        return None
 
     def graph(self, name: str) -> Path:
         """The ONNX file of one graph."""
@@ -117,6 +172,7 @@ def describe(bundle: Bundle) -> str:
     lines = [
         f"bundle     {bundle.path}",
         f"variant    {config.variant}, {config.size} × {config.size} pixels, {config.num_keypoints} key points",
+        f"batch      {bundle.batch}",
         f"made with  {', '.join(f'{name} {version}' for name, version in tools.items())}",
         "",
         f"{'file':<28} {'size':>10}  SHA-256",
@@ -124,15 +180,12 @@ def describe(bundle: Bundle) -> str:
     for name, entry in bundle.manifest["files"].items():
         lines.append(f"{name:<28} {entry['bytes'] / 1e6:>7.1f} MB  {entry['sha256'][:16]}…")
     for graph in bundle.graphs.values():
-        lines += ["", f"{graph.name} ({graph.runs})"]
+        lines += ["", f"{graph.name} ({graph.runs}, {graph.precision})"]
         lines += [f"    in   {tensor.name:<18} {_shape(tensor)}" for tensor in graph.inputs]
-        for tensor in graph.outputs:
-            error = bundle.errors.get(graph.name, {}).get(tensor.name)
-            lines.append(f"    out  {tensor.name:<18} {_shape(tensor):<32} {_error(error)}".rstrip())
-    for backend, error in bundle.errors.get("reenactment", {}).items():
-        lines += ["", f"whole reenactment, {backend}, against PyTorch: {_error(error)}"]
+        lines += [f"    out  {tensor.name:<18} {_shape(tensor)}" for tensor in graph.outputs]
+    lines += ["", *bundle.report.table().split("\n")]
     # Names out of a foreign manifest must not steer the terminal.
-    return "\n".join("".join(letter if letter.isprintable() else "?" for letter in line) for line in lines)
+    return "\n".join(map(printable, lines))
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -144,72 +197,30 @@ def digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
 
 
-def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Write manifest.json over the files now in `root`; format, version and files are filled in here."""
+def file_names(root: Path) -> list[str]:
+    """The files now in `root`, the manifest aside, by their relative names."""
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    files = {name: digest(root / name) for name in names if name != MANIFEST}
+    return [name for name in names if name != MANIFEST]
+
+
+def write_manifest(root: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write manifest.json over the files now in `root` and return it; format, version and files are filled in here."""
+    files = {name: digest(root / name) for name in file_names(root)}
     whole = {"format": FORMAT, "version": VERSION, **manifest, "files": files}
     (root / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return whole
 
 
-@contextlib.contextmanager
-def staged(target: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place when the block ends well, and is deleted when not.
-
-    An existing bundle is replaced only with `force`, and stays as it is if the block fails. Anything else that
-    already stands at `target`, save an empty folder, is never touched: InputError.
-    """
-    target = Path(target)
-    check_target(target, force=force)
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
+def is_bundle(path: Path) -> bool:
+    """Whether a bundle of any version stands at `path`."""
     try:
-        yield partial
-        check_target(target, force=force)
-        _swap(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def check_target(target: Path, *, force: bool) -> None:
-    """Raise InputError unless a bundle may be written to `target`."""
-    if not target.parent.is_dir():
-        raise InputError(f"{target} cannot be written: the folder {target.parent} does not exist, make it first")
-    if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
-        return
-    if target.is_symlink() or not target.is_dir() or not _is_bundle(target):
-        raise InputError(
-            f"{target} cannot be written: what stands there is not a bundle, choose another name"
-        )
-    if not force:
-        raise InputError(f"{target} is a bundle already: choose another name, or replace it with --force")
-
-
-def _is_bundle(path: Path) -> bool:
-    try:
-        _read_manifest(path)
+        _read_manifest(path, any_version=True)
     except InputError:
         return False
     return True
 
 
-def _swap(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; an older bundle steps aside first and comes back if the rename fails."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.replaced"
-    target.rename(aside)
-    try:
-        partial.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
+def _read_manifest(root: Path, any_version: bool = False) -> dict[str, Any]:
     path = root / MANIFEST
     if not root.is_dir():
         raise InputError(f"bundle {root} must be a folder written by python -m dagan_rt.export, got {_kind(root)}")
@@ -224,7 +235,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise InputError(f"{path} must be JSON, got something else ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") != VERSION and not any_version:
         raise InputError(
             f"{path} has format version {manifest.get('version')!r}, this dagan-rt reads {VERSION}: export again"
         )
@@ -270,9 +281,8 @@ def _inside(root: Path, name: str) -> Path:
 
 def _read_graphs(root: Path, manifest: Mapping[str, Any]) -> dict[str, Graph]:
     declared = _mapping(manifest, "graphs", root)
-    missing = [name for name in GRAPHS if name not in declared]
-    if missing:
-        raise InputError(f"{root / MANIFEST} must declare the graphs {', '.join(GRAPHS)}, and lacks {missing[0]}")
+    if not declared:
+        raise InputError(f"{root / MANIFEST} must declare at least one graph")
     graphs = {}
     for name in declared:
         entry = _mapping(declared, name, root)
@@ -282,18 +292,9 @@ def _read_graphs(root: Path, manifest: Mapping[str, Any]) -> dict[str, Graph]:
             )
         inputs, outputs = (_read_tensors(entry.get(side), f"{root / MANIFEST}: graph {name!r}: {side}")
                            for side in ("inputs", "outputs"))  # fmt: skip
-        graphs[name] = Graph(name, root / entry["file"], str(entry.get("runs", "")), inputs, outputs)
+        runs, precision = str(entry.get("runs", "")), str(entry.get("precision", ""))
+        graphs[name] = Graph(name, root / entry["file"], runs, inputs, outputs, precision)
     return graphs
-
-
-def _read_errors(root: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    errors = _mapping(manifest, "errors", root)
-    for name in errors:
-        for output, measured in _mapping(errors, name, root).items():
-            numbers = measured.values() if isinstance(measured, dict) else [None]
-            if not all(isinstance(value, (int, float)) and abs(value) < 1e300 for value in numbers):
-                raise InputError(f"{root / MANIFEST}: the errors of {name!r}, {output!r} must be finite numbers")
-    return errors
 
 
 def _read_tensors(entries: Any, where: str) -> tuple[Tensor, ...]:
@@ -321,12 +322,3 @@ def _kind(path: Path) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return f"{tensor.dtype} [{', '.join(str(size) for size in tensor.shape)}]"
-
-
-def _error(error: Mapping[str, float] | None) -> str:
-    if error is None:
-        return ""
-    return (
-        f"largest error {error.get('max_abs', math.nan):.1e} (allowed {error.get('tolerance', math.nan):.0e}), "
-        f"{error.get('psnr', math.nan):.0f} dB"
-    )

@@ -54,6 +54,8 @@ class Reenactor:
         if adapt_scale and motion == "absolute":
             raise InputError("adapt_scale scales relative motion: it cannot be used with motion='absolute'")
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if reason := self._bundle.cannot_reenact:
+            raise InputError(f"bundle {self._bundle.path} cannot animate: {reason}")
         opened = backends.open_backend(backend, self._bundle, threads) if isinstance(backend, str) else backend
         self._backend = opened
         self._inputs = {name: [tensor.name for tensor in graph.inputs] for name, graph in self._bundle.graphs.items()}

@@ -49,8 +49,8 @@ def refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], name: str, 
     """InputError naming the first key that is not one of `known`."""
     for key in given:
         if key not in known:
-            key = _dotted(where, key)[:80]
-            raise InputError(f"{name}: {key} is not a known key; expected one of {', '.join(known)}")
+            known_keys = ", ".join(known)
+            raise InputError(f"{name}: {_dotted(where, key)} is not a known key; expected one of {known_keys}")
 
 
 def fill(cls: Any, table: Mapping[str, Any], name: str, where: str = "", base: Any = None) -> Any:
@@ -75,7 +75,13 @@ def fill(cls: Any, table: Mapping[str, Any], name: str, where: str = "", base: A
         raise InputError(f"{name}: {where or 'the table'} lacks {', '.join(absent)}") from None
 
 
+def printable(text: str) -> str:
+    """One line that cannot steer a terminal: for names out of foreign files."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _dotted(where: str, key: str) -> str:
+    key = printable(key[:80])
     return f"{where}.{key}" if where else key
 
 

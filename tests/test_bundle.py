@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from dagan_rt import bundle as bundles
-from dagan_rt.bundle import Bundle, describe, staged, write_manifest
+from dagan_rt.bundle import BatchProfile, Bundle, describe, write_manifest
 from dagan_rt.errors import InputError
 from dagan_rt.export.subnetworks import subnetworks
 from dagan_rt.networks.config import NetworkConfig
+from dagan_rt.report import GraphReport, Measured, Report
 
 CONFIG = NetworkConfig(variant="dagan_spade", size=64)
 
@@ -30,24 +31,19 @@ def fill(folder: Path, content: bytes = b"a graph") -> None:
     (folder / "weights" / "depth").mkdir(parents=True)
     for name in ("model.pth.tar", "depth/encoder.pth", "depth/depth.pth"):
         (folder / "weights" / name).write_bytes(name.encode())
-    graphs = {
-        it.name: {
-            "file": f"{it.name}.onnx",
-            "runs": it.runs,
-            "inputs": [tensor.to_dict() for tensor in it.inputs],
-            "outputs": [tensor.to_dict() for tensor in it.outputs],
-        }
-        for it in declared
-    }
-    measured = {"max_abs": 1e-6, "mean_abs": 1e-7, "psnr": 120.0, "tolerance": 1e-3}
+    measured = Measured(1e-6, 1e-7, 120.0, 1e-3)
+    errors = {"onnxruntime": {"flow": measured}}
+    graphs = {it.name: GraphReport("fp32", 10, 20, 30_000_000, {}) for it in declared}
+    graphs["motion"] = GraphReport("fp32", 10, 20, 30_000_000, errors)
+    Report("PyTorch", "4 frames", graphs, {"onnxruntime": measured}, notes=("a note",)).write(folder)
     write_manifest(
         folder,
         {
             "variant": CONFIG.variant,
             "config": CONFIG.to_dict(),
+            "batch": "1:1:8",
             "tools": {"onnx": "1.0"},
-            "graphs": graphs,
-            "errors": {"source": {"feature": measured}, "reenactment": {"onnxruntime": measured}},
+            "graphs": {it.name: it.to_dict() | {"precision": "fp32"} for it in declared},
         },
     )
 
@@ -81,7 +77,9 @@ def test_an_intact_bundle_opens(folder: Path) -> None:
     assert bundle.weights == folder / "weights" / "model.pth.tar"
     assert bundle.depth_weights == folder / "weights" / "depth"
     assert [tensor.name for tensor in bundle.graphs["generator"].inputs][-1] == "source_image"
-    assert bundle.errors["source"]["feature"]["max_abs"] == 1e-6
+    assert bundle.batch == BatchProfile(1, 1, 8)
+    assert bundle.report.graphs["motion"].errors["onnxruntime"]["flow"].max_abs == 1e-6
+    assert bundle.cannot_reenact is None
     with pytest.raises(InputError, match="no graph 'decoder'"):
         bundle.graph("decoder")
 
@@ -97,14 +95,15 @@ def test_the_manifest_holds_the_sha256_of_every_file(folder: Path) -> None:
 
 def test_describe_is_a_table_of_everything(folder: Path) -> None:
     text = describe(Bundle.open(folder))
-    for word in ("dagan_spade", "64 × 64", "driving.onnx", "flow", "1.0e-06", "120 dB", "onnx 1.0", "every frame"):
+    words = ("dagan_spade", "64 × 64", "driving.onnx", "flow", "1.0e-06", "120.0", "onnx 1.0", "every frame", "a note")
+    for word in words:
         assert word in text, word
 
 
 def test_describe_prints_no_control_characters(folder: Path) -> None:
     edit(folder, lambda m: (m["tools"].update({"evil\x1b[2J": "1\r2"}), m["graphs"]["motion"].update(runs="a\nb")))
     text = describe(Bundle.open(folder))
-    assert "evil?[2J 1?2" in text and "motion (a?b)" in text
+    assert "evil?[2J 1?2" in text and "motion (a?b, fp32)" in text
     assert all(letter.isprintable() or letter == "\n" for letter in text)
 
 
@@ -192,7 +191,7 @@ def test_a_linked_bundle_opens(folder: Path) -> None:
         (b"\xff\xfe", ("JSON",)),
         (b"[" * 200_000, ("JSON",)),
         (b"[]", ("not the manifest",)),
-        (b'{"format": "dagan-rt bundle", "version": 2}', ("version 2", "export again")),
+        (b'{"format": "dagan-rt bundle", "version": 9}', ("version 9", "export again")),
         (b" " * (bundles.LARGEST_MANIFEST + 1), ("at most",)),
     ],
 )
@@ -214,13 +213,12 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
         (lambda m: m["config"].update(variant="cat"), ("variant", "cat")),
         (lambda m: m["config"].update(wings=2), ("wings",)),
         (lambda m: m.update(variant="dagan"), ("dagan_spade", "dagan")),
-        (lambda m: m["graphs"].pop("motion"), ("lacks motion",)),
+        (lambda m: m["graphs"].clear(), ("at least one graph",)),
+        (lambda m: m.update(batch="8:1"), ("batch", "8:1")),
+        (lambda m: m.pop("batch"), ("batch",)),
         (lambda m: m["graphs"]["motion"].update(file="other.onnx"), ("other.onnx",)),
         (lambda m: m["graphs"]["motion"].update(file=["x"]), ("motion",)),
         (lambda m: m["graphs"]["motion"].update(inputs=[{"name": "x"}]), ("inputs", "shape")),
-        (lambda m: m.update(errors=3), ("errors",)),
-        (lambda m: m["errors"]["source"].update(feature={"psnr": "good"}), ("numbers",)),
-        (lambda m: m["errors"]["source"].update(feature={"psnr": 10**400}), ("finite numbers",)),
         (lambda m: m["files"].update({f"f{i}": {} for i in range(300)}), ("at most 256 files",)),
         (lambda m: m["files"]["motion.onnx"].pop("sha256"), ("motion.onnx", "sha256")),
     ],
@@ -260,65 +258,23 @@ def test_no_manifest_brings_more_than_an_input_error(folder: Path) -> None:
     assert refused > 100
 
 
-def test_staged_writes_a_new_bundle(tmp_path: Path) -> None:
-    with staged(tmp_path / "bundle") as partial:
-        fill(partial)
-        assert not (tmp_path / "bundle").exists()
-    assert Bundle.open(tmp_path / "bundle").config == CONFIG
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+def test_a_bundle_of_parts_says_why_it_cannot_reenact(folder: Path) -> None:
+    edit(folder, lambda manifest: manifest["graphs"].pop("motion"))
+    assert "lacks the graph motion" in str(Bundle.open(folder).cannot_reenact)
+    edit(folder, lambda manifest: manifest.update(batch="4"))
+    with_motion = Bundle.open(folder)
+    assert with_motion.batch.fixed and str(with_motion.batch) == "4"
 
 
-@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
-def test_staged_leaves_nothing_after_a_failure(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), staged(tmp_path / "bundle") as partial:
-        fill(partial)
-        raise error("halfway")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(("text", "sizes"), [("1", (1, 1, 1)), ("1:8:32", (1, 8, 32)), ("2:2:2", (2, 2, 2))])
+def test_batch_profiles(text: str, sizes: tuple[int, int, int]) -> None:
+    profile = BatchProfile.parse(text)
+    assert (profile.least, profile.usual, profile.most) == sizes
+    assert profile.fixed == (sizes[0] == sizes[2])
+    assert BatchProfile.parse(str(profile)) == profile
 
 
-def test_staged_replaces_a_bundle_only_by_force(folder: Path) -> None:
-    before = (folder / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match="--force"), staged(folder):
-        raise AssertionError("must not run")
-    with pytest.raises(KeyboardInterrupt), staged(folder, force=True) as partial:
-        fill(partial, b"newer ")
-        raise KeyboardInterrupt
-    assert (folder / "manifest.json").read_bytes() == before
-    with staged(folder, force=True) as partial:
-        fill(partial, b"newer ")
-    assert (Bundle.open(folder).graph("motion")).read_bytes() == b"newer motion"
-    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
-
-
-def test_the_old_bundle_comes_back_if_the_swap_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
-
-    def refuse_the_new(self: Path, target: Path) -> Path:
-        if self.suffix == ".partial":
-            raise OSError("disk gone")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuse_the_new)
-    with pytest.raises(OSError, match="disk gone"), staged(folder, force=True) as partial:
-        fill(partial, b"newer ")
-    assert Bundle.open(folder).graph("motion").read_bytes() == b"a graphmotion"
-    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
-
-
-def test_staged_never_touches_what_is_no_bundle(tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "holiday").mkdir()
-    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"precious")
-    (tmp_path / "link").symlink_to(folder)
-    for target in ("holiday", "holiday/photo.jpg", "link"):
-        with pytest.raises(InputError, match="not a bundle"), staged(tmp_path / target, force=True):
-            raise AssertionError("must not run")
-    assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"precious"
-    with pytest.raises(InputError, match="does not exist"), staged(tmp_path / "no" / "bundle"):
-        raise AssertionError("must not run")
-
-
-def test_staged_fills_an_empty_folder(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with staged(tmp_path / "empty") as partial:
-        fill(partial)
-    assert Bundle.open(tmp_path / "empty").config == CONFIG
+@pytest.mark.parametrize("text", ["", "0", "-1", "1:8", "8:1:32", "1:8:4", "x", "1:2:3:4", "9" * 30, "1.5", "2000"])
+def test_batch_profiles_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match="batch must be N"):
+        BatchProfile.parse(text)
