@@ -28,8 +28,10 @@ def sparse_flows(source: KeyPoints, driving: KeyPoints, height: int, width: int)
     """
     grid = coordinate_grid(height, width, source.value)
     frame = torch.matmul(source.jacobian, invert_2x2(driving.jacobian))  # [B, K, 2, 2]
-    offset = grid - driving.value[:, :, None, None]  # [B, K, H, W, 2]
-    motion = torch.matmul(frame[:, :, None, None], offset[..., None])[..., 0] + source.value[:, :, None, None]
+    offset = (grid - driving.value[:, :, None, None]).flatten(2, 3)  # [B, K, H·W, 2]
+    # One product a key point, not one a pixel, which runtimes would take one by one.
+    motion = torch.matmul(offset, frame.transpose(-1, -2)) + source.value[:, :, None]
+    motion = motion.reshape(-1, frame.shape[1], height, width, 2)
     identity = torch.zeros_like(motion[:, :1]) + grid
     return torch.cat([identity, motion], dim=1)
 
