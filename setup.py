@@ -23,6 +23,9 @@ def version() -> str:
 # Two or more extras ask for these: one line each, so that they cannot drift apart.
 TORCH = "torch>=2.6"
 TOMLI = 'tomli>=2; python_version < "3.11"'
+CUPY = "cupy-cuda13x>=13.6"  # device buffers and streams
+# Builds engines without a GPU, so that tests build real ones.
+TENSORRT_RTX = 'tensorrt-rtx-cu13>=1.4; platform_machine == "x86_64" and sys_platform != "darwin"'
 
 # PyAV 19 renamed much of what reading and muxing uses.
 RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=16,<19", "pillow>=10.1", "tqdm>=4.66", TOMLI]
@@ -66,7 +69,9 @@ setup(
         "torch": [TORCH],
         "export": EXPORT,
         "train": TRAIN,
-        "dev": sorted({*EXPORT, *TRAIN, *CHECKS}),
+        "tensorrt": ["tensorrt-cu13>=10.8", CUPY],
+        "tensorrt-rtx": [TENSORRT_RTX, CUPY],
+        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, TENSORRT_RTX}),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
 )

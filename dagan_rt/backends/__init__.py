@@ -1,7 +1,8 @@
 """What runs the graphs of a bundle: one file a backend, found by being in this folder.
 
-A backend's module defines `RANK` (lower is tried first by "auto"), `missing() -> str | None` (why it cannot run here)
-and `open(bundle, threads) -> Backend`. Importing it imports nothing heavy.
+A backend's module is its name with "_" for "-". It defines `RANK` (lower is tried first by "auto"),
+`missing(bundle=None) -> str | None` (why it cannot run here, or cannot run that bundle) and
+`open(bundle, threads) -> Backend`. Importing it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -43,35 +44,41 @@ class Backend(Protocol):
 
 def names() -> list[str]:
     """The backends this version has, best first, runnable here or not."""
-    found = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-    return sorted(found, key=lambda name: (_module(name).RANK, name))
+    modules = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    return sorted((module.replace("_", "-") for module in modules), key=lambda name: (_module(name).RANK, name))
 
 
-def available() -> dict[str, str | None]:
-    """Each backend by name, best first: None if it can run here, else one sentence that says why not."""
-    return {name: _module(name).missing() for name in names()}
+def available(bundle: Bundle | None = None) -> dict[str, str | None]:
+    """Each backend by name, best first: None if it can run here (and run `bundle`), else one sentence that says why."""
+    return {name: missing(name, bundle) for name in names()}
+
+
+def missing(name: str, bundle: Bundle | None = None) -> str | None:
+    """None, or one sentence that says why the backend `name` cannot run here, or cannot run `bundle`."""
+    reason: str | None = _module(name).missing(bundle)
+    return reason
 
 
 def open_backend(name: str, bundle: Bundle, threads: int | None = None) -> Backend:
-    """Load a bundle's graphs into the backend `name`, or into the best one that runs here for "auto".
+    """Load a bundle's graphs into the backend `name`, or into the best one that can run it here for "auto".
 
     `threads` limits the CPU threads of one graph; None takes all cores. Raises InputError if the backend is unknown,
     cannot run here, or cannot load the bundle.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
-    reasons = available()
-    if name == "auto":
-        name = next((candidate for candidate, reason in reasons.items() if reason is None), "auto")
-        if name == "auto":
-            raise InputError(f"no backend can run here: {'; '.join(filter(None, reasons.values()))}")
-    if name not in reasons:
-        raise InputError(f"backend must be auto or one of {', '.join(reasons)}, got {name!r}")
-    if reasons[name] is not None:
-        raise InputError(f"backend {name} cannot run here: {reasons[name]}")
-    backend: Backend = _module(name).open(bundle, threads)
-    return backend
+    if name not in ("auto", *names()):
+        raise InputError(f"backend must be auto or one of {', '.join(names())}, got {name!r}")
+    reasons = []
+    for candidate in names() if name == "auto" else [name]:
+        reason = missing(candidate, bundle)
+        if reason is None:
+            backend: Backend = _module(candidate).open(bundle, threads)
+            return backend
+        reasons.append(reason)
+    which = "no backend can" if name == "auto" else f"backend {name} cannot"
+    raise InputError(f"{which} run here: {'; '.join(reasons)}")
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

@@ -16,7 +16,7 @@ from dagan_rt.errors import InputError
 RANK = 10
 
 
-def missing() -> str | None:
+def missing(bundle: Bundle | None = None) -> str | None:
     """None, or why this backend cannot run here."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "the package onnxruntime is not installed: run pip install dagan-rt"

@@ -14,10 +14,15 @@ from dagan_rt.errors import InputError
 RANK = 90
 
 
-def missing() -> str | None:
-    """None, or why this backend cannot run here."""
+def missing(bundle: Bundle | None = None) -> str | None:
+    """None, or why this backend cannot run here, or not this bundle."""
     if importlib.util.find_spec("torch") is None:
         return "the package torch is not installed: run pip install 'dagan-rt[torch]'"
+    if bundle is not None and bundle.weights is None:
+        return (
+            f"bundle {bundle.path} holds no weights for the torch backend: export it without --no-torch-weights, "
+            "or use the backend onnxruntime"
+        )
     return None
 
 
@@ -25,11 +30,9 @@ def open(bundle: Bundle, threads: int | None = None) -> TorchBackend:
     """Load the bundle's checkpoint; raises InputError if it was exported without one."""
     from dagan_rt import checkpoints
 
-    if bundle.weights is None:
-        raise InputError(
-            f"bundle {bundle.path} holds no weights for the torch backend: export it without --no-torch-weights, "
-            "or use the backend onnxruntime"
-        )
+    if reason := missing(bundle):
+        raise InputError(reason)
+    assert bundle.weights is not None
     model = checkpoints.load(bundle.weights, depth=bundle.depth_weights)
     if model.config != bundle.config:
         raise InputError(f"{bundle.weights}: the checkpoint's networks are not those that the manifest describes")

@@ -1,17 +1,28 @@
-"""What every backend must do, asked of each in the same way; a backend that cannot run here is skipped by name."""
+"""What every backend must do, asked of each in the same way; a backend that cannot run here is skipped by name.
+
+"imitated" is the TensorRT backend on imitations of TensorRT and CuPy, which need no GPU.
+"""
 
 from __future__ import annotations
 
+import importlib
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from importlib import util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dagan_rt import InputError, Reenactor, backends
-from dagan_rt.bundle import Bundle
+from dagan_rt.bundle import Bundle, write_manifest
+from dagan_rt.engines import FLAVOURS, compute_capability
 from dagan_rt.training.heads import HELD_OUT, draw_clip
 
 
@@ -23,12 +34,43 @@ def bundle(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle
     return export(small_model("dagan_spade"), tmp_path_factory.mktemp("conformance") / "bundle")[0]
 
 
-@pytest.fixture(scope="module", params=backends.names())
-def backend(request: pytest.FixtureRequest, bundle: Bundle) -> Any:
-    reason = backends.available()[request.param]
-    if reason:
+@cache
+def imitation() -> ModuleType:
+    spec = util.spec_from_file_location("dagan_rt_tests_imitation", Path(__file__).with_name("imitation.py"))
+    assert spec and spec.loader
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def with_engines(bundle: Bundle, root: Path, *flavours: str) -> Bundle:
+    """A copy of a bundle with engines for the GPU here, or for the imitated one."""
+    from dagan_rt.export.tensorrt import build_engines, graphs_of
+
+    shutil.copytree(bundle.path, root)
+    for flavour in flavours:
+        build_engines(
+            root, flavour, graphs_of(bundle), batch=bundle.batch, precisions=dict.fromkeys(bundle.graphs, "fp32"),
+            recipe_hash="0" * 12, timing_cache=root.parent / "times",
+        )  # fmt: skip
+    write_manifest(root, bundle.manifest)
+    return Bundle.open(root)
+
+
+@pytest.fixture(scope="module", params=[*backends.names(), "imitated"])
+def backend(request: pytest.FixtureRequest, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("engines") / "bundle"
+    if request.param == "imitated":
+        with pytest.MonkeyPatch.context() as patch:
+            imitation().install(patch)
+            yield backends.open_backend("tensorrt", with_engines(bundle, folder, "tensorrt"))
+        return
+    flavour = FLAVOURS.get(request.param)
+    if flavour and not flavour.missing() and compute_capability():
+        bundle = with_engines(bundle, folder, flavour.name)
+    if reason := backends.missing(request.param, bundle):
         pytest.skip(reason)
-    return backends.open_backend(request.param, bundle, threads=1)
+    yield backends.open_backend(request.param, bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -154,45 +196,62 @@ def test_onnxruntime_names_a_graph_it_cannot_load(bundle: Bundle, tmp_path: Path
     motion = bundle.graphs["motion"]
     graphs = {**bundle.graphs, "motion": Graph("motion", tmp_path / "motion.onnx", "", motion.inputs, motion.outputs)}
     with pytest.raises(InputError, match="motion.onnx cannot be loaded by ONNX Runtime") as caught:
-        backends.open_backend("onnxruntime", Bundle(bundle.path, bundle.manifest, bundle.config, graphs, {}))
+        backends.open_backend("onnxruntime", replace(bundle, graphs=graphs))
     assert "\n" not in str(caught.value)
 
 
 def test_onnxruntime_names_a_graph_that_the_manifest_does_not_describe(bundle: Bundle) -> None:
     graphs = {**bundle.graphs, "motion": bundle.graphs["driving"]}
-    swapped = Bundle(bundle.path, bundle.manifest, bundle.config, graphs, {})
+    swapped = replace(bundle, graphs=graphs)
     backends.open_backend("onnxruntime", swapped)
-    from dataclasses import replace
-
     graphs["motion"] = replace(bundle.graphs["motion"], inputs=bundle.graphs["motion"].inputs[1:])
     with pytest.raises(InputError, match="motion.onnx: the manifest declares the inputs"):
-        backends.open_backend("onnxruntime", Bundle(bundle.path, bundle.manifest, bundle.config, graphs, {}))
+        backends.open_backend("onnxruntime", replace(bundle, graphs=graphs))
 
 
 def test_torch_needs_weights_in_the_bundle(bundle: Bundle) -> None:
-    without = Bundle(bundle.path, {"files": {}}, bundle.config, bundle.graphs, {})
-    with pytest.raises(InputError, match="holds no weights for the torch backend"):
+    without = replace(bundle, manifest={"files": {}})
+    assert backends.missing("torch") is None
+    with pytest.raises(InputError, match="backend torch cannot run here: .* holds no weights for the torch backend"):
         backends.open_backend("torch", without)
+    with pytest.raises(InputError, match="holds no weights for the torch backend"):
+        importlib.import_module("dagan_rt.backends.torch").open(without)
 
 
 def test_torch_refuses_weights_of_another_network(bundle: Bundle) -> None:
-    from dataclasses import replace
-
-    other = Bundle(bundle.path, bundle.manifest, replace(bundle.config, size=96), bundle.graphs, {})
+    other = replace(bundle, config=replace(bundle.config, size=96))
     with pytest.raises(InputError, match="not those that the manifest describes"):
         backends.open_backend("torch", other)
 
 
 def test_auto_takes_the_best_that_runs_here(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flavour in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setattr(f"dagan_rt.backends.{flavour}.missing", lambda bundle=None: "there is no GPU here")
     assert backends.open_backend("auto", bundle).name == "onnxruntime"
-    monkeypatch.setattr("dagan_rt.backends.onnxruntime.missing", lambda: "it is away")
-    assert backends.available() == {"onnxruntime": "it is away", "torch": None}
+    monkeypatch.setattr("dagan_rt.backends.onnxruntime.missing", lambda bundle=None: "it is away")
+    reasons = {name: "there is no GPU here" for name in ("tensorrt", "tensorrt-rtx")}
+    assert backends.available(bundle) == {**reasons, "onnxruntime": "it is away", "torch": None}
     assert backends.open_backend("auto", bundle).name == "torch"
     with pytest.raises(InputError, match="backend onnxruntime cannot run here: it is away"):
         backends.open_backend("onnxruntime", bundle)
-    monkeypatch.setattr("dagan_rt.backends.torch.missing", lambda: "it left")
-    with pytest.raises(InputError, match="it is away; it left"):
+    monkeypatch.setattr("dagan_rt.backends.torch.missing", lambda bundle=None: "it left")
+    with pytest.raises(InputError, match="no backend can run here: there is no GPU here; .*; it is away; it left"):
         backends.open_backend("auto", bundle)
+
+
+def test_auto_passes_over_a_backend_that_the_bundle_has_nothing_for(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagan_rt.backends.onnxruntime.missing", lambda bundle=None: "it is away")
+    with pytest.raises(InputError, match="it is away; bundle .* holds no weights for the torch backend"):
+        backends.open_backend("auto", replace(bundle, manifest={"files": {}}))
+
+
+def test_an_unknown_backend_is_answered_with_the_known(bundle: Bundle) -> None:
+    with pytest.raises(
+        InputError, match="auto or one of tensorrt, tensorrt-rtx, onnxruntime, torch, got 'tensorrt_rtx'"
+    ):
+        backends.open_backend("tensorrt_rtx", bundle)
 
 
 def test_the_runtime_never_imports_torch(bundle: Bundle) -> None:
