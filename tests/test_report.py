@@ -28,7 +28,8 @@ REPORT = Report(
                               {"onnxruntime": {"flow": GOOD}, "tensorrt-rtx": {"flow": replace(GOOD, max_abs=2e-6)}}),
     },
     {"onnxruntime": replace(GOOD, psnr=54.0, least_psnr=0.0), "torch": GOOD},
-    {"tensorrt-rtx": EngineReport("tensorrt-rtx-1", 2.5, {"motion": 3_000_000}, {"motion": 99}, "there is no GPU")},
+    {"tensorrt-rtx-1": EngineReport("tensorrt-rtx", 2.5, {"motion": 3_000_000, "source": 10},
+                                    {"motion": 99, "source": 1}, {"motion": ("conv + relu", "resize")}, "no GPU")},
     ("motion: int8 was fastest",),
 )  # fmt: skip
 
@@ -51,7 +52,10 @@ def test_the_table_has_every_graph_backend_and_output() -> None:
         ("reenactment", "torch", "frames"),
     ]
     assert ["motion", "int8", "2.0", "110", "0.02"] in lines
-    for words in ("PyTorch in float32", "4 frames", "3.0 MB (99 layers)", "no GPU", "int8 was fastest", "2.5 s"):
+    for words in (
+        "PyTorch in float32", "4 frames", "tensorrt-rtx-1", "2.5 s", "3.0 MB (99 layers, fused to 2)", "(1 layers)",
+        "no GPU", "int8 was fastest",
+    ):  # fmt: skip
         assert words in REPORT.table(), words
 
 
