@@ -1,0 +1,155 @@
+"""Faces to calibrate int8 on, and what every subnetwork is given while they reenact one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dagan_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from dagan_rt.export.subnetworks import Subnetwork
+    from dagan_rt.networks.model import Model
+
+HEADS = "heads"
+FRAMES = 24
+PER_CLIP = 4  # a few frames show how far a face moves; more faces show more
+EVERY = 4  # frames of a drawn clip between two that are taken
+
+
+def clips(source: str | Path, size: int, count: int = FRAMES) -> list[np.ndarray]:
+    """At most `count` faces, clip by clip: each uint8 [n, size, size, 3] RGB, the central square of the frame.
+
+    source: "heads" draws synthetic ones, of identities that are never measured on; else a video, an image, or a folder
+    with videos and images at any depth, of which the images of one folder count as a clip. Clips are spread evenly
+    over the folder, frames over each clip. Raises InputError if nothing is there, or for a file that cannot be read.
+    """
+    if str(source) == HEADS:
+        return _draw(size, count)
+    found = _find(Path(source))
+    chosen = [found[at] for at in _spread(max(1, count // PER_CLIP), len(found))]
+    return [_read(clip, size, count // len(chosen)) for clip in chosen]
+
+
+def record(
+    model: Model, declared: Sequence[Subnetwork], source: str | Path, count: int = FRAMES
+) -> dict[str, list[dict[str, np.ndarray]]]:
+    """The inputs of each declared subnetwork in PyTorch, one sample a frame of `clips`, batches of one.
+
+    model: on the CPU, in evaluation mode. Every clip drives its own first face, or that of the next clip, in turn, with
+    relative motion: small and large motions both occur.
+    """
+    import torch
+
+    faces = clips(source, model.config.size, count)
+    samples: dict[str, list[dict[str, np.ndarray]]] = {subnetwork.name: [] for subnetwork in declared}
+    wanted = {tensor.name for subnetwork in declared for tensor in subnetwork.inputs}
+    with torch.inference_mode():
+        for number, clip in enumerate(faces):
+            portrait = faces[(number + number % 2) % len(faces)][0]
+            for arrays in _session(model, portrait, clip):
+                if not wanted <= arrays.keys():
+                    arrays = {**arrays, **_inside(model, arrays)}
+                for subnetwork in declared:
+                    inputs = {tensor.name: arrays[tensor.name].numpy() for tensor in subnetwork.inputs}
+                    samples[subnetwork.name].append(inputs)
+    return samples
+
+
+def _session(model: Model, portrait: np.ndarray, clip: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The tensors that the four graphs take, by name, frame by frame; image, depth and key points are the frame's."""
+    import torch
+
+    from dagan_rt.export.subnetworks import subnetworks
+
+    known = {subnetwork.name: subnetwork for subnetwork in subnetworks(model.config)}
+    images = torch.from_numpy(np.stack([portrait, *clip])).permute(0, 3, 1, 2).float() / 255
+    points = ("kp_value", "kp_jacobian")
+    source = known["source"].run(model, {"image": images[:1]})
+    arrays: dict[str, Any] = {**source, "source_image": images[:1], "scale": torch.ones(1, 1)}
+    arrays |= {f"source_{name}": source[name] for name in points}
+    for number in range(len(clip)):
+        arrays["image"] = images[number + 1 : number + 2]
+        arrays |= (found := known["driving"].run(model, arrays))
+        for role in ("driving_", "initial_") if number == 0 else ("driving_",):
+            arrays |= {role + name: found[name] for name in points}
+        arrays |= known["motion"].run(model, arrays)
+        yield arrays
+
+
+def _inside(model: Model, arrays: dict[str, Any]) -> dict[str, Any]:
+    """What passes between the parts of one graph, for those exported alone."""
+    generator, flow, occlusion = model.generator, arrays["flow"], arrays["occlusion"]
+    warped = generator.warp(arrays["feature"], flow, occlusion)
+    inside = {
+        "warped_feature": warped,
+        "attended_feature": generator.attend(warped, arrays.get("query")),
+        "deformed": generator.warp(arrays["source_image"], flow, occlusion),
+    }
+    if model.config.parts.attention == "depth":
+        inside["depth_feature"] = generator.encode_depth(arrays["depth"])
+    return inside
+
+
+def _draw(size: int, count: int) -> list[np.ndarray]:
+    from dagan_rt.training.heads import TRAINING, draw_clip
+
+    identities = [TRAINING[at] for at in _spread(max(1, count // PER_CLIP), len(TRAINING))]
+    each = count // len(identities)
+    return [draw_clip(identity, each * EVERY, size).frames[::EVERY] for identity in identities]
+
+
+def _find(source: Path) -> list[list[Path]]:
+    """Clips: a video alone, or the images of one folder."""
+    from dagan_rt.training.data import IMAGE_ENDINGS, VIDEO_ENDINGS
+
+    if not source.exists():
+        raise InputError(
+            f"calibration data {source} does not exist: give a folder with videos or images of faces, or {HEADS}"
+        )
+    folders = [(folder, names) for folder, _, names in os.walk(source)]  # of a file: none
+    found = []
+    for folder, names in sorted(folders) or [(str(source.parent), [source.name])]:
+        videos = sorted(name for name in names if name.lower().endswith(VIDEO_ENDINGS))
+        images = sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
+        found += [[Path(folder, name)] for name in videos]
+        found += [[Path(folder, name) for name in images]] if images else []
+    if not found:
+        endings = ", ".join((*VIDEO_ENDINGS, *IMAGE_ENDINGS))
+        raise InputError(f"calibration data {source} holds no video and no image: expected files ending in {endings}")
+    return found
+
+
+def _read(clip: Sequence[Path], size: int, count: int) -> np.ndarray:
+    from dagan_rt.images import center_square, read_image
+    from dagan_rt.training.data import VIDEO_ENDINGS
+
+    if clip[0].name.lower().endswith(VIDEO_ENDINGS):
+        return np.stack(_read_video(clip[0], size, count))
+    return np.stack([center_square(read_image(clip[at]), size) for at in _spread(count, len(clip))])
+
+
+def _read_video(path: Path, size: int, count: int) -> list[np.ndarray]:
+    """Frames spread over a video whose length nobody knows before its end; at most twice `count` are held."""
+    from dagan_rt.images import center_square
+    from dagan_rt.video import VideoReader
+
+    kept: list[np.ndarray] = []
+    step = 1
+    with VideoReader(path) as reader:
+        for number, image in enumerate(reader):
+            if number % step == 0:
+                kept.append(center_square(image, size))
+            if len(kept) == 2 * count:
+                kept, step = kept[::2], 2 * step
+    return [kept[at] for at in _spread(count, len(kept))]
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """At most `count` of the numbers below `total`, evenly spread, the first among them."""
+    count = min(count, total)
+    return [at * total // count for at in range(count)]
