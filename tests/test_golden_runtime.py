@@ -38,15 +38,15 @@ def write_published_files(golden: Any, folder: Path) -> tuple[Path, Path | None]
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def published(request: pytest.FixtureRequest, golden: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(arrays of the golden file, bundle exported from published files, errors measured in the export)."""
+    """(arrays of the golden file, bundle exported from published files, what the export measured)."""
     reference, folder = golden(request.param), tmp_path_factory.mktemp(request.param)
     model = checkpoints.load(*write_published_files(reference, folder))
     faces = [reference.arrays["source"], *reference.arrays["driving"]]
     images = [folder / f"{number}.png" for number in range(len(faces))]
     for path, face in zip(images, faces, strict=True):
         write_image(path, face)
-    bundle, errors = export(model, folder / "bundle", images=images)
-    return reference.arrays, bundle, errors
+    bundle, measured = export(model, folder / "bundle", images=images)
+    return reference.arrays, bundle, measured
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
@@ -66,11 +66,9 @@ def test_sessions_reproduce_the_published_images(published: Any, backend: str) -
 
 
 def test_the_bundle_says_what_was_exported_and_measured(published: Any) -> None:
-    arrays, bundle, errors = published
+    arrays, bundle, measured = published
     again = Bundle.open(bundle.path)
     assert again.config.num_keypoints == arrays["source_kp_value"].shape[1]
-    assert again.errors["reenactment"].keys() == {"onnxruntime", "torch"}
-    for graph, outputs in errors.items():
-        for name, measured in outputs.items():
-            assert again.errors[graph][name] == measured.to_dict()
-            assert measured.passed
+    assert again.report == measured
+    assert again.report.reenactment.keys() == {"onnxruntime", "torch"}
+    assert again.report.failures() == []

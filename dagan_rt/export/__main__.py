@@ -8,12 +8,13 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dagan_rt.cli import guarded
 from dagan_rt.errors import InputError
+from dagan_rt.export.plan import BUDGETS, OPSETS, TARGETS, Plan, read_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,80 +25,129 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """The command's arguments; those of the plan are left out of the namespace where they are not given."""
     parser = _Parser(
         prog="python -m dagan_rt.export",
-        description="Export a checkpoint to a bundle of ONNX graphs, each compared with PyTorch before it is kept.",
+        description="Export a checkpoint to a bundle of ONNX graphs and TensorRT engines, each compared with PyTorch "
+        "before it is kept.",
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="generator and key points")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="generator and key points")
     parser.add_argument(
         "--depth", type=Path, metavar="DIR", help="folder with encoder.pth and depth.pth, for variants that use depth"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the bundle to write")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle to write")
     parser.add_argument("--force", action="store_true", help="replace the bundle that --out already is")
-    parser.add_argument("--opset", type=int, default=17, metavar="N", help="ONNX operator set, 17 (default) to 20")
     parser.add_argument(
-        "--no-torch-weights", action="store_true", help="leave the checkpoint out: smaller, and no torch backend"
-    )
-    parser.add_argument(
-        "--verify-with",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
+        "--verify-with", type=Path, nargs="+", default=[], metavar="IMAGE",
         help="up to four images of faces to compare on: a source, then driving ones (default: a drawn head)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rebuild", type=Path, metavar="BUNDLE",
+        help="build engines afresh from the graphs of a bundle, for the library and GPU of this machine",
+    )  # fmt: skip
+    plan = parser.add_argument_group("what to export", "A recipe gives all of these; options replace its values.")
+    plan.add_argument(
+        "--recipe", metavar="FILE", help="TOML file, or the name of one that ships with dagan-rt, as cpu-int8"
     )
+
+    def option(name: str, **settings: Any) -> None:
+        plan.add_argument(name, default=argparse.SUPPRESS, **settings)
+
+    option("--precision", metavar="P", help=f"{', '.join(BUDGETS)} (for each graph the fastest within --budget)")
+    option("--target", dest="targets", nargs="+", metavar="T", help=", ".join(TARGETS))
+    option("--batch", metavar="N", help="faces at a time: N, or MIN:USUAL:MAX (default 1:1:8)")
+    option("--budget", type=float, metavar="DB", help="least PSNR of reenacted frames against fp32 PyTorch, in dB")
+    option(
+        "--calibrate", metavar="CLIPS",
+        help="for int8: a folder of clips and pictures of faces, or heads for synthetic ones",
+    )  # fmt: skip
+    option("--opset", type=int, metavar="N", help=f"ONNX operator set, {OPSETS.start} (default) to {OPSETS.stop - 1}")
+    option("--only", nargs="+", metavar="NAME", help="these subnetworks alone, as attention; no animation from them")
+    option(
+        "--no-torch-weights", dest="torch_weights", action="store_false",
+        help="leave the checkpoint out: smaller, and no torch backend",
+    )  # fmt: skip
+    option(
+        "--compute-capability", dest="compute_capabilities", nargs="+", metavar="CC",
+        help="GPUs that tensorrt-rtx engines are built for, as 8.9 (default: this machine's, or 8.6 8.9 12.0)",
+    )  # fmt: skip
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export and return the exit code: 0 done, 2 bad input or a graph that is not the network, 130 interrupted."""
-    return guarded("python -m dagan_rt.export", lambda: run(build_parser().parse_args(argv)))
+    with _cleaning_up_when_terminated():
+        return guarded("python -m dagan_rt.export", lambda: run(build_parser().parse_args(argv)))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check what is cheap to check first, then load, export, verify, and say what to run next."""
-    from tqdm import tqdm
-
-    from dagan_rt.bundle import GRAPHS, check_target
-    from dagan_rt.export.onnx import check_tools
-
+    given = {name: value for name, value in vars(arguments).items() if name in Plan.__dataclass_fields__}
+    if arguments.rebuild is not None:
+        return _rebuild(arguments, given)
+    plan = read_plan(arguments.recipe, given)
+    for name in ("checkpoint", "out"):
+        if getattr(arguments, name) is None:
+            raise InputError(f"--{name} is missing: give --checkpoint FILE and --out DIR (--help lists the arguments)")
     if len(arguments.verify_with) > 4:
         raise InputError(f"--verify-with takes at most 4 images, got {len(arguments.verify_with)}")
+
+    from dagan_rt.export import check, export, steps
+    from dagan_rt.staging import check_target
+
     check_target(arguments.out, force=arguments.force)
-    check_tools(arguments.opset)
+    check(plan)
 
     from dagan_rt import checkpoints
-    from dagan_rt.export import export
-    from dagan_rt.export.verify import table
 
     checkpoint = checkpoints.inspect(arguments.checkpoint, arguments.depth)
     for note in checkpoint.notes:
         print(f"note: {note}")
     model = checkpoint.build()
     del checkpoint
-    with tqdm(total=len(GRAPHS) + 2, unit="step", disable=None) as bar:
+    with _progress(steps(model.config, plan)) as report:
+        bundle, measured = export(
+            model, arguments.out, plan, force=arguments.force, images=arguments.verify_with, report=report
+        )
+    print(measured.table())
+    size, megabytes = bundle.config.size, sum(entry["bytes"] for entry in bundle.manifest["files"].values()) / 1e6
+    print(f"wrote {bundle.path}: {bundle.config.variant}, {size} × {size}, {megabytes:.0f} MB")
+    files = ["--source", "portrait.png", "--driving", "clip.mp4", "--out", "result.mp4"]
+    animate = ["dagan-rt", "animate", "--bundle", str(bundle.path), *files]
+    print("next: " + shlex.join(["dagan-rt", "info", str(bundle.path)] if bundle.cannot_reenact else animate))
+    return 0
+
+
+def _rebuild(arguments: argparse.Namespace, given: Mapping[str, Any]) -> int:
+    """Build the engines of a bundle again, and say what to run next."""
+    for name in ("checkpoint", "depth", "out", "recipe"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} cannot be used with --rebuild, which takes everything from the bundle")
+    if other := [name for name in given if name not in ("targets", "compute_capabilities")]:
+        raise InputError(f"{other[0]} cannot be changed by --rebuild: export the checkpoint again")
+    from dagan_rt.export.rebuild import rebuild
+
+    targets, capabilities = (tuple(given.get(name, ())) for name in ("targets", "compute_capabilities"))
+    with _progress(None) as report:
+        bundle, measured = rebuild(arguments.rebuild, targets, capabilities, report)
+    print(measured.table())
+    print(f"wrote {bundle.path}")
+    print("next: " + shlex.join(["dagan-rt", "info", str(bundle.path)]))
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(steps: int | None) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=steps, unit="step", disable=None) as bar:
 
         def report(step: str) -> None:
             bar.set_description(step)
             bar.update()
 
-        bundle, errors = export(
-            model,
-            arguments.out,
-            opset=arguments.opset,
-            weights=not arguments.no_torch_weights,
-            force=arguments.force,
-            images=arguments.verify_with,
-            report=report,
-        )
-    print(table(errors))
-    size, megabytes = bundle.config.size, sum(entry["bytes"] for entry in bundle.manifest["files"].values()) / 1e6
-    print(f"wrote {bundle.path}: {bundle.config.variant}, {size} × {size}, {megabytes:.0f} MB")
-    files = ["--source", "portrait.png", "--driving", "clip.mp4", "--out", "result.mp4"]
-    print("next: " + shlex.join(["dagan-rt", "animate", "--bundle", str(bundle.path), *files]))
-    return 0
+        yield report
 
 
 @contextlib.contextmanager

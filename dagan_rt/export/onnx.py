@@ -1,66 +1,78 @@
-"""One subnetwork to one ONNX file: traced, simplified, checked."""
+"""One subnetwork to one ONNX graph: traced, simplified, checked."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from dagan_rt.bundle import BatchProfile
 from dagan_rt.errors import InputError, require
-from dagan_rt.export.subnetworks import Subnetwork
+from dagan_rt.export.subnetworks import BATCH, Subnetwork
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from dagan_rt.networks.model import Model
 
-OPSETS = range(17, 21)  # GridSample came with 16; the exporter's limit is 20
 
-
-def check_tools(opset: int) -> None:
-    """Raise InputError if a package of the export extra is missing or the opset is none this exporter writes."""
-    if opset not in OPSETS:
-        raise InputError(f"--opset must be in {OPSETS.start}..{OPSETS.stop - 1}, got {opset}")
+def check_tools() -> None:
+    """Raise MissingPackage if a package of the export extra is not installed."""
     for package in ("torch", "onnx", "onnxsim", "onnxruntime"):
         require(package, extra="export", why="exporting a bundle")
 
 
-def export_graph(model: Model, subnetwork: Subnetwork, path: Path, opset: int = 17) -> None:
-    """Write one subnetwork of a model in evaluation mode; the batch axis stays dynamic, all others are fixed.
+def trace(model: Model, subnetwork: Subnetwork, batch: BatchProfile, opset: int = 17) -> ModelProto:
+    """One subnetwork of a model in evaluation mode as an fp32 graph, simplified by onnxsim.
 
-    Batch norms are folded into the convolutions before them, and constants (shapes, spectral norms) into numbers.
+    Only the batch axis is dynamic, and not even that where the profile is fixed. Batch norms are folded into the
+    convolutions before them, and constants (shapes, spectral norms) into numbers.
     """
     import onnx
     import onnxsim
     import torch
 
-    # A batch of two, so that no axis of length one is taken for one to broadcast.
-    inputs = tuple(torch.rand([2 if isinstance(size, str) else size for size in x.shape]) for x in subnetwork.inputs)
+    # A dynamic batch is traced with two faces, so that no axis of length one is taken for one to broadcast.
+    traced = batch.least if batch.fixed else 2
+    inputs = tuple(torch.rand(traced, *map(int, tensor.shape[1:])) for tensor in subnetwork.inputs)
+    tensors = (*subnetwork.inputs, *subnetwork.outputs)
+    written = io.BytesIO()
     with _quiet():
         torch.onnx.export(
             subnetwork.build(model),
             inputs,
-            str(path),
+            cast(Any, written),  # only the tracer takes a file object, the newer exporter does not
             dynamo=False,
             opset_version=opset,
             input_names=[tensor.name for tensor in subnetwork.inputs],
             output_names=[tensor.name for tensor in subnetwork.outputs],
-            dynamic_axes={tensor.name: _dynamic(tensor.shape) for tensor in (*subnetwork.inputs, *subnetwork.outputs)},
+            dynamic_axes=None if batch.fixed else {tensor.name: {0: BATCH} for tensor in tensors},
         )
     with _silent_stderr():
-        graph, same = onnxsim.simplify(onnx.load_model(str(path)))
+        graph, same = onnxsim.simplify(onnx.load_model_from_string(written.getvalue()))
     if not same:
         raise InputError(f"graph {subnetwork.name}: its simplified form does not compute the same")
-    onnx.checker.check_model(graph, full_check=True)
     _check_names(graph, subnetwork)
+    return graph
+
+
+def save(graph: ModelProto, path: Path) -> None:
+    """Check a finished graph and write it; raises InputError if its operator set lacks an operator, or shapes clash."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:300]
+        opset = graph.opset_import[0].version
+        raise InputError(f"graph {path.name} is not valid ONNX of opset {opset}: {reason}") from None
     onnx.save_model(graph, str(path))
-
-
-def _dynamic(shape: tuple[int | str, ...]) -> dict[int, str]:
-    return {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
 
 
 def _check_names(graph: Any, subnetwork: Subnetwork) -> None:

@@ -86,7 +86,7 @@ def to_fp16(model: ModelProto, trunks: Sequence[str]) -> ModelProto:
 
     Weights are rounded to nearest; below 6e-8 they become zero, beyond 65504 they raise InputError. An activation
     beyond 65504 becomes infinite, which comparing the outputs shows where the hardware computes in float16. ONNX
-    Runtime on an x86 CPU does not: it computes such a graph in float32, with rounded weights.
+    Runtime on an x86 CPU does not: it computes such a graph in float32, with rounded weights (see `rounding_twin`).
     """
     # onnxruntime.transformers.float16 is not used: where neighbours stay in float32 it rounds what passes between
     # them, and writes the same Cast once a consumer, which is no valid graph.
@@ -137,6 +137,38 @@ def to_fp16(model: ModelProto, trunks: Sequence[str]) -> ModelProto:
     del graph.value_info[:]
     _drop_unused_weights(graph)
     return onnx.shape_inference.infer_shapes(lowered)
+
+
+def rounding_twin(model: ModelProto) -> ModelProto:
+    """A float16 graph as a GPU computes it, for a CPU that does not: float32 arithmetic, every float16 tensor rounded.
+
+    Products are summed in float32, as tensor cores do; a result beyond 65504 becomes infinite.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    twin = type(model)()
+    twin.CopyFrom(model)
+    graph = twin.graph
+    halves = {it.name for it in graph.value_info if it.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    nodes: list[NodeProto] = []
+    for node in list(graph.node):
+        nodes.append(node)
+        for at, name in enumerate(node.output):
+            if name in halves:
+                exact = node.output[at] = f"{name}_exact"
+                for attribute in node.attribute:
+                    if node.op_type == "Cast" and attribute.name == "to":
+                        attribute.i = TensorProto.FLOAT
+                nodes.append(helper.make_node("Cast", [exact], [f"{name}_rounded"], to=TensorProto.FLOAT16))
+                nodes.append(helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT))
+    _replace(graph.node, nodes)
+    del graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(twin)
 
 
 def _may_be_lowered(node: NodeProto, trunks: Sequence[str]) -> bool:

@@ -3,66 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dagan_rt.backends import open_backend
-from dagan_rt.backends.onnxruntime import load_session
-from dagan_rt.bundle import Bundle
+from dagan_rt.backends import Backend, missing, open_backend
+from dagan_rt.bundle import BatchProfile, Bundle
+from dagan_rt.engines import EngineSet
 from dagan_rt.errors import InputError
-from dagan_rt.export.subnetworks import Subnetwork, subnetworks
+from dagan_rt.export.plan import Plan
+from dagan_rt.export.subnetworks import PART, Subnetwork, Tolerance, parts, subnetworks
+from dagan_rt.export.tensorrt import Summary
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.networks.config import NetworkConfig
 from dagan_rt.reenactor import Reenactor
+from dagan_rt.report import EngineReport, GraphReport, Measured, Report
 from dagan_rt.transfer import movement_scale, transfer
 
 if TYPE_CHECKING:
     from dagan_rt.networks.model import Model
 
+Built = Sequence[tuple[EngineSet, Mapping[str, Summary]]]
+
+ROUNDED = "fp16 rounding"  # a GPU's arithmetic on the CPU, in the report's column of backends
 FRAMES = 4  # a source and three driving frames
-IMAGE_TOLERANCE = 1 / 255  # the runtime rounds to 8 bits, which alone is half of it
+EXACT_FRAMES = Tolerance(1 / 255, 0.0)  # the runtime rounds to 8 bits, which alone is half of it
 
 
 class ExportError(InputError):
     """The exported graphs do not compute what PyTorch computes."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """How far one output is from PyTorch's; all but `psnr` (in dB) in the output's own units."""
-
-    max_abs: float
-    mean_abs: float
-    psnr: float  # against the reference's largest magnitude; 200 where nothing differs
-    tolerance: float  # what `max_abs` may reach
-
-    @property
-    def passed(self) -> bool:
-        """NaN never passes."""
-        return self.max_abs <= self.tolerance
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain finite numbers, for the manifest."""
-        return asdict(self)
-
-
-def compare(result: np.ndarray, reference: np.ndarray, tolerance: float, unit: float | None = None) -> Measured:
-    """Errors of `result` against `reference`; the tolerance is in units of the reference's largest magnitude.
+def compare(result: np.ndarray, reference: np.ndarray, allowed: Tolerance, unit: float | None = None) -> Measured:
+    """Errors of `result` against `reference`; `allowed.max_abs` is in units of the reference's largest magnitude.
 
     That magnitude counts only where it exceeds 1, and `unit` replaces it.
     """
     peak = float(np.abs(reference).max())
     difference = np.abs(result.astype(np.float64) - reference)
     mean_square = float((difference**2).mean())
+    tolerance = allowed.max_abs * (max(1.0, peak) if unit is None else unit)
     if not math.isfinite(peak + mean_square):
-        return Measured(math.nan, math.nan, math.nan, tolerance)
+        return Measured(math.nan, math.nan, math.nan, allowed.max_abs, allowed.psnr)
     psnr = 10 * math.log10(max(peak, 1e-12) ** 2 / mean_square) if mean_square > 0 else 200.0
-    allowed = tolerance * (max(1.0, peak) if unit is None else unit)
-    return Measured(float(difference.max()), float(difference.mean()), min(psnr, 200.0), allowed)
+    return Measured(float(difference.max()), float(difference.mean()), min(psnr, 200.0), tolerance, allowed.psnr)
 
 
 def verification_frames(config: NetworkConfig, files: Sequence[Path] = ()) -> np.ndarray:
@@ -84,12 +72,20 @@ class Recorded:
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
 
+    def batch(self, size: int) -> Recorded:
+        """The same for another batch: the first faces, or the two over and over."""
+        rows = np.arange(size) % 2
+        return Recorded(*({name: x[rows] for name, x in side.items()} for side in (self.inputs, self.outputs)))
 
-def record(model: Model, frames: np.ndarray) -> dict[str, Recorded]:
-    """Run two sessions at once in PyTorch on `frames` uint8 [4, size, size, 3], and note every subnetwork's arrays."""
+
+def record(model: Model, frames: np.ndarray, with_parts: bool = False) -> dict[str, Recorded]:
+    """Run two sessions at once in PyTorch on `frames` uint8 [4, size, size, 3], and note every subnetwork's arrays.
+
+    `with_parts`: those of the paper's parts too.
+    """
     import torch
 
-    declared = {subnetwork.name: subnetwork for subnetwork in subnetworks(model.config)}
+    declared = {subnetwork.name: subnetwork for subnetwork in (*subnetworks(model.config), *parts(model.config))}
     images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     arrays: dict[str, Any] = {"source_image": images[:2], "scale": torch.tensor([[1.0], [1.2]])}
     recorded: dict[str, Recorded] = {}
@@ -113,90 +109,178 @@ def record(model: Model, frames: np.ndarray) -> dict[str, Recorded]:
                 arrays |= found
         arrays |= run("motion")
         run("generator")
+        if not with_parts:
+            return recorded
+        # On the source of the same sessions.
+        flow, occlusion = arrays["flow"], arrays["occlusion"]
+        arrays["image"] = images[:2]
+        arrays["warped_feature"] = model.generator.warp(arrays["feature"], flow, occlusion)
+        arrays["attended_feature"] = arrays["warped_feature"]  # until an attention, where there is one, changes it
+        arrays["deformed"] = model.generator.warp(arrays["image"], flow, occlusion)
+        for part in parts(model.config):
+            arrays |= run(part.name)
     return recorded
 
 
-def verify_graph(subnetwork: Subnetwork, path: Path, recorded: Recorded) -> dict[str, Measured]:
-    """Errors of one ONNX file in ONNX Runtime by output: the larger of a batch of one and of two."""
-    import torch
-
-    session = load_session(path, torch.get_num_threads())
+def verify_graph(
+    subnetwork: Subnetwork, backend: Backend, recorded: Recorded, precision: str, batch: BatchProfile
+) -> dict[str, Measured]:
+    """Errors of one graph on one backend by output: the worse of its smallest batch and of one larger, where it may."""
     worst: dict[str, Measured] = {}
-    names = [output.name for output in subnetwork.outputs]
-    for batch in (1, 2):
-        found = session.run(names, {name: value[:batch] for name, value in recorded.inputs.items()})
-        for name, result in zip(names, found, strict=True):
-            reference = recorded.outputs[name][:batch]
+    for size in sorted({batch.least, min(batch.most, batch.least + 1)}):
+        expected = recorded.batch(size)
+        found = backend.run(
+            subnetwork.name, {name: backend.from_numpy(value) for name, value in expected.inputs.items()}
+        )
+        for name, reference in expected.outputs.items():
+            result = backend.to_numpy(found[name])
             if result.shape != reference.shape:
                 raise ExportError(f"graph {subnetwork.name}: {name} must be {reference.shape}, got {result.shape}")
-            measured = compare(result, reference, subnetwork.tolerance)
-            if name not in worst or not measured.max_abs <= worst[name].max_abs:
-                worst[name] = measured
+            _keep_worse(worst, name, compare(result, reference, subnetwork.tolerance(precision)))
     return worst
 
 
-def verify_reenactment(
-    model: Model, bundle: Bundle, frames: np.ndarray, backends: Sequence[str]
-) -> dict[str, Measured]:
-    """Error of whole sessions through the runtime, in [0, 1], by backend: the worse of absolute and adapted motion.
+class References:
+    """What an export is measured against, computed in PyTorch once."""
+
+    def __init__(self, model: Model, declared: Sequence[Subnetwork], plan: Plan, images: Sequence[Path] = ()) -> None:
+        """`images`: faces to compare on; a talking head is drawn where none are given."""
+        import torch
+
+        frames = verification_frames(model.config, images)
+        self.what = f"PyTorch {torch.__version__} in float32"
+        self.frames = ", ".join(file.name for file in images) or f"{FRAMES} frames of a drawn talking head"
+        self.plan, self.declared = plan, declared
+        self.recorded = record(model, frames, with_parts=any(it.runs == PART for it in declared))
+        # A bundle of single parts, or of graphs for several faces at once, has nothing that reenacts.
+        self.sessions = Sessions(model, frames) if not plan.only and plan.profile.least == 1 else None
+
+    def whole_tolerance(self, precisions: Iterable[str]) -> Tolerance:
+        """What reenacted frames must keep: the last 8-bit level in fp32, the plan's budget below."""
+        return EXACT_FRAMES if set(precisions) == {"fp32"} else Tolerance(1.0, self.plan.least_psnr)
+
+    def measure(
+        self, bundle: Bundle, built: Built = (), notes: tuple[str, ...] = ()
+    ) -> Report:
+        """Errors of every graph and of whole sessions: on ONNX Runtime, PyTorch, and the engines that run here.
+
+        `built`: engines. The bundle's manifest must hold the hashes of its files where there are any.
+        """
+        import onnx
+
+        from dagan_rt.export.counts import multiply_accumulates, operations
+
+        engines = {it.key: engine_report(it, its, missing(it.flavour, bundle) or "") for it, its in built}
+        names = ["onnxruntime", *(engine.flavour for engine in engines.values() if not engine.not_run)]
+        backends = [open_backend(name, bundle) for name in names]
+        if any(graph.precision == "fp16" for graph in bundle.graphs.values()):
+            backends.append(_as_rounded(bundle))
+        graphs = {}
+        for subnetwork in self.declared:
+            graph, recorded = bundle.graphs[subnetwork.name], self.recorded[subnetwork.name]
+            errors = {
+                backend.name: verify_graph(subnetwork, backend, recorded, graph.precision, self.plan.profile)
+                for backend in backends
+            }
+            proto, size = onnx.load(graph.file), graph.file.stat().st_size
+            graphs[graph.name] = GraphReport(
+                graph.precision, size, operations(proto), multiply_accumulates(proto), errors
+            )
+        reenactment = {}
+        if self.sessions is not None:
+            allowed = self.whole_tolerance(graph.precision for graph in bundle.graphs.values())
+            reenactment = {backend.name: self.sessions.measure(bundle, backend, allowed) for backend in backends}
+            if bundle.weights is not None:
+                reenactment["torch"] = self.sessions.measure(bundle, open_backend("torch", bundle), EXACT_FRAMES)
+        return Report(self.what, self.frames, graphs, reenactment, engines, notes)
+
+
+def _as_rounded(bundle: Bundle) -> Backend:
+    """ONNX Runtime on graphs that round as float16 does, which it would compute in float32 on a CPU."""
+    import onnx
+
+    from dagan_rt.export.precision import rounding_twin
+
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = {}
+        for name, graph in bundle.graphs.items():
+            graphs[name] = replace(graph, file=Path(folder) / graph.file.name)
+            onnx.save_model(rounding_twin(onnx.load(graph.file)), graphs[name].file)
+        backend = open_backend("onnxruntime", replace(bundle, graphs=graphs))
+    backend.name = ROUNDED
+    return backend
+
+
+def engine_report(engines: EngineSet, summaries: Mapping[str, Summary], not_run: str = "") -> EngineReport:
+    """What verify.json says of engines; `not_run` is why nothing was measured on them."""
+    return EngineReport(
+        engines.flavour,
+        engines.seconds,
+        {name: it.bytes for name, it in engines.graphs.items()},
+        {name: it.layers for name, it in engines.graphs.items()},
+        {name: tuple(layer[:200] for layer in it.fused) for name, it in summaries.items() if it.fused is not None},
+        not_run,
+    )
+
+
+def require_passed(report: Report) -> None:
+    """Raise ExportError naming the first output that is not within its tolerance."""
+    for failure in report.failures():
+        raise ExportError(f"the export is not the network: {failure}; nothing was written")
+
+
+class Sessions:
+    """Whole sessions on some frames, once in PyTorch: what the runtime's frames are measured against.
 
     The reference is the undivided network on key points transferred in NumPy: nothing in it knows of the graphs.
     """
-    import torch
 
-    source, initial, driving = frames[0], frames[1], frames[-1]
-    opened = {name: open_backend(name, bundle, torch.get_num_threads()) for name in backends}
-    worst: dict[str, Measured] = {}
-    for motion, adapt_scale in (("absolute", False), ("relative", True)):
-        reference = _reference(model, source, initial, driving, motion, adapt_scale)
-        for name, backend in opened.items():
+    def __init__(self, model: Model, frames: np.ndarray) -> None:
+        """`frames` uint8 [N, size, size, 3]: a source, then what drives it, the initial frame first."""
+        self._frames = frames
+        self._expected = {
+            (motion, adapt_scale): np.stack(_reference(model, frames, motion, adapt_scale))
+            for motion, adapt_scale in (("absolute", False), ("relative", True))
+        }
+
+    def measure(self, bundle: Bundle, backend: Backend, allowed: Tolerance) -> Measured:
+        """Errors of the runtime's frames, in [0, 1]: the worse of absolute and adapted relative motion."""
+        worst: dict[str, Measured] = {}
+        for (motion, adapt_scale), expected in self._expected.items():
             reenactor = Reenactor(bundle, backend, motion, adapt_scale)
-            reenactor.set_source(source)
-            if motion == "relative":
-                reenactor.drive(initial)
-            result = reenactor.drive(driving).astype(np.float32) / 255
-            measured = compare(result, reference, IMAGE_TOLERANCE, unit=1.0)
-            if name not in worst or not measured.max_abs <= worst[name].max_abs:
-                worst[name] = measured
-    return worst
+            reenactor.set_source(self._frames[0])
+            driven = np.stack([reenactor.drive(frame) for frame in self._frames[1:]]).astype(np.float32) / 255
+            _keep_worse(worst, "frames", compare(driven, expected, allowed, unit=1.0))
+        return worst["frames"]
 
 
-def _reference(
-    model: Model, source: np.ndarray, initial: np.ndarray, driving: np.ndarray, motion: str, adapt_scale: bool
-) -> np.ndarray:
-    """The published procedure, HWC in [0, 1]."""
+def _keep_worse(worst: dict[str, Measured], name: str, measured: Measured) -> None:
+    """The worse of each number; NumPy's maximum and minimum keep NaN."""
+    before = worst.setdefault(name, measured)
+    worst[name] = replace(
+        before,
+        max_abs=float(np.maximum(before.max_abs, measured.max_abs)),
+        mean_abs=float(np.maximum(before.mean_abs, measured.mean_abs)),
+        psnr=float(np.minimum(before.psnr, measured.psnr)),
+        tolerance=min(before.tolerance, measured.tolerance),
+    )
+
+
+def _reference(model: Model, frames: np.ndarray, motion: str, adapt_scale: bool) -> list[np.ndarray]:
+    """The published procedure, frame by frame, HWC in [0, 1]."""
     import torch
 
+    expected = []
     with torch.inference_mode():
-        images = torch.from_numpy(np.stack([source, initial, driving])).permute(0, 3, 1, 2).float() / 255
-        found = model.find_keypoints(images)
-        faces = [KeyPoints(*(x[i : i + 1].numpy() for x in found)) for i in range(3)]
-        moved = faces[2]
-        if motion == "relative":
-            moved = transfer(faces[0], faces[2], faces[1], movement_scale(faces[0], faces[1]) if adapt_scale else 1.0)
+        images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+        found = [model.find_keypoints(images[i : i + 1]) for i in range(len(images))]
+        source, initial, *_ = faces = [KeyPoints(*(x.numpy() for x in face)) for face in found]
         depth = model.depth(images[:1]) if model.depth is not None else None
-        at, to = (KeyPoints(*map(torch.from_numpy, face)) for face in (faces[0], moved))
-        return model.generator(images[:1], at, to, depth).prediction[0].permute(1, 2, 0).numpy()
-
-
-def require_passed(errors: dict[str, dict[str, Measured]]) -> None:
-    """Raise ExportError naming the first output that is not within its tolerance."""
-    for graph, outputs in errors.items():
-        for name, measured in outputs.items():
-            if not measured.passed:
-                raise ExportError(
-                    f"the exported {graph} is not the network: {name} differs from PyTorch by {measured.max_abs:.3g}, "
-                    f"allowed is {measured.tolerance:.3g}; nothing was written"
-                )
-
-
-def table(errors: dict[str, dict[str, Measured]]) -> str:
-    """The errors for a person to read."""
-    lines = [f"{'graph':<12} {'output':<14} {'max abs':>9} {'mean abs':>9} {'allowed':>9} {'PSNR dB':>8}"]
-    for graph, outputs in errors.items():
-        for name, it in outputs.items():
-            lines.append(
-                f"{graph:<12} {name:<14} {it.max_abs:>9.1e} {it.mean_abs:>9.1e} {it.tolerance:>9.1e} {it.psnr:>8.1f}"
-                + ("" if it.passed else "  FAILED")
-            )
-    return "\n".join(lines)
+        for driving in faces[1:]:
+            moved = driving
+            if motion == "relative":
+                moved = transfer(source, driving, initial, movement_scale(source, initial) if adapt_scale else 1.0)
+            at, to = (KeyPoints(*map(torch.from_numpy, face)) for face in (source, moved))
+            generated = model.generator(images[:1], at, to, depth)
+            expected.append(generated.prediction[0].permute(1, 2, 0).numpy())
+    return expected

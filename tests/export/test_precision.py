@@ -238,6 +238,30 @@ def test_fp16_overflow_of_an_activation_is_not_hidden() -> None:
     assert run(None, {"x": np.full((1, 1, 2, 2), 300.0, np.float32)})[0].ravel().tolist() == [60000.0] * 4
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rounding_twin_holds_every_half_tensor_rounded(made: Any, name: str) -> None:
+    """In ONNX Runtime, tensor by tensor: what the graph says is float16 has no more digits than float16."""
+    half = made("dagan").lower(name, "fp16")
+    twin = precision.rounding_twin(half)
+    assert all(tensor.data_type != TensorProto.FLOAT16 for tensor in twin.graph.initializer)
+    halves = [it.name for it in half.graph.value_info if it.type.tensor_type.elem_type == TensorProto.FLOAT16]
+    assert len(halves) > 5
+    shown = type(twin)()
+    shown.CopyFrom(twin)
+    shown.graph.output.extend(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None) for tensor in halves)
+    session = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
+    sample = made("dagan").held_out[name][0]
+    for tensor, values in zip(halves, session.run(halves, sample), strict=True):
+        np.testing.assert_array_equal(values, values.astype(np.float16).astype(np.float32), err_msg=tensor)
+
+
+def test_a_rounding_twin_overflows_in_onnx_runtime() -> None:
+    twin = precision.rounding_twin(precision.to_fp16(toy(200.0), ["/trunk/"]))
+    session = onnxruntime.InferenceSession(twin.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.isinf(session.run(None, {"x": np.full((1, 1, 2, 2), 400.0, np.float32)})[0]).all()
+    assert session.run(None, {"x": np.full((1, 1, 2, 2), 300.0, np.float32)})[0].ravel().tolist() == [60000.0] * 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # int8
 

@@ -1,0 +1,113 @@
+"""What to export: precision, batch, targets. A whole deployment, from a recipe's TOML table or the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dagan_rt._assets import asset
+from dagan_rt.bundle import BatchProfile
+from dagan_rt.errors import InputError
+from dagan_rt.tables import fill, parse, read_text
+
+PRECISIONS = ("fp32", "fp16", "int8")
+TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
+OPSETS = range(17, 21)  # GridSample came with 16; the tracer's limit is 20
+#: Least PSNR in dB of reenacted frames against fp32 PyTorch; fp32 is held to the last 8-bit level instead.
+BUDGETS = {"fp32": 0.0, "fp16": 45.0, "int8": 35.0, "auto": 40.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One deployment; every field is a key of a recipe and an option of the command."""
+
+    precision: str = "fp32"  # or fp16, int8, or auto: for each graph the fastest that keeps the budget
+    targets: tuple[str, ...] = ("onnx",)  # the ONNX graphs are always written: engines are built from them
+    batch: str = "1:1:8"  # a BatchProfile
+    budget: float = 0.0  # least PSNR in dB of reenacted frames; 0 takes the precision's own
+    calibrate: str = ""  # what int8 is calibrated on: a folder of clips and pictures, or "heads", synthetic ones
+    opset: int = 17
+    only: tuple[str, ...] = ()  # these subnetworks instead of the four that reenact
+    torch_weights: bool = True  # also store the checkpoint, which the torch backend needs
+    compute_capabilities: tuple[str, ...] = ()  # GPUs that engines are built for, as "8.9"; empty: the flavour's choice
+
+    def __post_init__(self) -> None:
+        self.profile  # noqa: B018 (raises for a wrong batch)
+        if self.precision not in BUDGETS:
+            raise InputError(f"precision must be one of {', '.join(BUDGETS)}, got {self.precision!r}")
+        for target in self.targets:
+            if target not in TARGETS:
+                raise InputError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        if self.opset not in OPSETS:
+            raise InputError(f"opset must be in {OPSETS.start}..{OPSETS.stop - 1}, got {self.opset}")
+        if self.precision == "int8" and not self.calibrate:
+            raise InputError(
+                "int8 needs frames to calibrate on: give a folder of clips with --calibrate, "
+                "or --calibrate heads for synthetic ones"
+            )
+        if self.calibrate and self.precision not in ("int8", "auto"):
+            raise InputError(f"calibrate is for int8 and auto, got it with the precision {self.precision}")
+        for capability in self.compute_capabilities:
+            if not re.fullmatch(r"[1-9][0-9]?\.[0-9]", capability):
+                raise InputError(f"a compute capability must be a number such as 8.9, got {capability!r}")
+        if self.compute_capabilities and not self.flavours:
+            raise InputError("compute_capabilities is for engines: name the target tensorrt or tensorrt-rtx too")
+
+    @property
+    def profile(self) -> BatchProfile:
+        """The batch sizes."""
+        return BatchProfile.parse(self.batch)
+
+    @property
+    def flavours(self) -> tuple[str, ...]:
+        """The kinds of TensorRT to build engines for."""
+        return tuple(target for target in dict.fromkeys(self.targets) if target != "onnx")
+
+    @property
+    def least_psnr(self) -> float:
+        """The budget in force, dB."""
+        return self.budget or BUDGETS[self.precision]
+
+    @property
+    def digest(self) -> str:
+        """A short hash of everything in the plan, part of an engine's key."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain strings, numbers and lists, for a manifest."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def read_plan(recipe: str | None, changes: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a recipe with some keys changed.
+
+    recipe: a TOML file, the name of one that ships with dagan-rt, as `cpu-int8`, or None for the defaults.
+    changes: values as TOML has them (lists, not tuples), which replace the recipe's.
+    Raises InputError naming the file and the key of what is wrong.
+    """
+    changes = dict(changes or {})
+    if recipe is None:
+        return _plan(changes, "the options")
+    path = Path(recipe)
+    if not path.is_file() and path.name == recipe and not path.suffix:
+        shipped = sorted(file.stem for file in asset("export", "recipes").glob("*.toml"))
+        if recipe not in shipped:
+            raise InputError(f"recipe must be a TOML file or one of {', '.join(shipped)}, got {recipe!r}")
+        path = asset("export", "recipes", f"{recipe}.toml")
+    text = read_text(path)
+    try:
+        return _plan(parse(text, recipe) | changes, recipe)
+    except InputError as error:
+        if str(error).startswith(recipe):
+            raise
+        raise InputError(f"{recipe}{', changed by options' if changes else ''}: {error}") from None
+
+
+def _plan(values: Mapping[str, Any], name: str) -> Plan:
+    plan: Plan = fill(Plan, values, name)
+    return plan
