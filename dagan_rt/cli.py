@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from dagan_rt import __version__
 from dagan_rt.errors import InputError
+from dagan_rt.tables import printable
 
 COMMANDS = ("animate", "info", "train", "heads")
 
@@ -58,5 +59,5 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

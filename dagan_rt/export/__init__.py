@@ -85,16 +85,18 @@ def export(
 
 def check(plan: Plan) -> None:
     """Raise InputError if this machine, or any, cannot export by `plan`: asked before long work begins."""
-    from dagan_rt.engines import flavour_named
+    from dagan_rt.export import calibration, tensorrt
     from dagan_rt.export.onnx import check_tools
 
     check_tools()
-    for flavour in plan.flavours:
-        flavour_named(flavour).load()
     if plan.precision == "auto" and (plan.only or plan.profile.least > 1 or plan.flavours):
         target = f"the target {plan.flavours[0]}" if plan.flavours else f"a batch of {plan.batch}"
         what = "--only" if plan.only else target
         raise InputError(f"auto measures whole reenactments in ONNX Runtime: name a precision for {what}")
+    for flavour in plan.flavours:
+        tensorrt.check(flavour, plan.compute_capabilities)
+    if plan.calibrate and plan.calibrate != calibration.HEADS:
+        calibration.find_clips(Path(plan.calibrate))
 
 
 def steps(config: NetworkConfig, plan: Plan) -> int:

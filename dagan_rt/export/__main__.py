@@ -121,11 +121,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _rebuild(arguments: argparse.Namespace, given: Mapping[str, Any]) -> int:
     """Build the engines of a bundle again, and say what to run next."""
-    for name in ("checkpoint", "depth", "out", "recipe"):
-        if getattr(arguments, name) is not None:
-            raise InputError(f"--{name} cannot be used with --rebuild, which takes everything from the bundle")
+    for name in ("checkpoint", "depth", "out", "recipe", "force", "verify_with"):
+        if getattr(arguments, name):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} cannot be used with --rebuild, which takes everything from the bundle")
     if other := [name for name in given if name not in ("targets", "compute_capabilities")]:
-        raise InputError(f"{other[0]} cannot be changed by --rebuild: export the checkpoint again")
+        option = "no-torch-weights" if other[0] == "torch_weights" else other[0]
+        raise InputError(f"--{option} cannot be used with --rebuild: export the checkpoint again")
     from dagan_rt.export.rebuild import rebuild
 
     targets, capabilities = (tuple(given.get(name, ())) for name in ("targets", "compute_capabilities"))

@@ -30,7 +30,7 @@ def clips(source: str | Path, size: int, count: int = FRAMES) -> list[np.ndarray
     """
     if str(source) == HEADS:
         return _draw(size, count)
-    found = _find(Path(source))
+    found = find_clips(Path(source))
     chosen = [found[at] for at in _spread(max(1, count // PER_CLIP), len(found))]
     return [_read(clip, size, count // len(chosen)) for clip in chosen]
 
@@ -103,8 +103,8 @@ def _draw(size: int, count: int) -> list[np.ndarray]:
     return [draw_clip(identity, each * EVERY, size).frames[::EVERY] for identity in identities]
 
 
-def _find(source: Path) -> list[list[Path]]:
-    """Clips: a video alone, or the images of one folder."""
+def find_clips(source: Path) -> list[list[Path]]:
+    """The clips under a folder: a video alone, or the images of one folder. Raises InputError if there are none."""
     from dagan_rt.training.data import IMAGE_ENDINGS, VIDEO_ENDINGS
 
     if not source.exists():

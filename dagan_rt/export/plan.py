@@ -50,6 +50,8 @@ class Plan:
                 "int8 needs frames to calibrate on: give a folder of clips with --calibrate, "
                 "or --calibrate heads for synthetic ones"
             )
+        if self.budget and self.precision == "fp32":
+            raise InputError("budget is for fp16, int8 and auto: fp32 is held to the last 8-bit level")
         if self.calibrate and self.precision not in ("int8", "auto"):
             raise InputError(f"calibrate is for int8 and auto, got it with the precision {self.precision}")
         for capability in self.compute_capabilities:

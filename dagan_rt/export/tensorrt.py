@@ -112,6 +112,11 @@ def build_engines(
     return engines, summaries
 
 
+def check(flavour: str, compute_capabilities: Sequence[str] = ()) -> None:
+    """Raise InputError if the library is missing, or cannot build for these GPUs on this machine."""
+    _targets(flavour_named(flavour).load(), flavour, tuple(compute_capabilities), compute_capability())
+
+
 def supported(library: ModuleType) -> tuple[str, ...]:
     """The compute capabilities that TensorRT-RTX can build for, as "8.9"; none for tensorrt, which builds in place."""
     members = library.ComputeCapability.__members__ if hasattr(library, "ComputeCapability") else ()

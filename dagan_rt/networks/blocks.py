@@ -103,7 +103,7 @@ class AntiAliasDownsample(nn.Module):
         self.step = round(1 / scale)
         sigma = (self.step - 1) / 2
         radius = round(4 * sigma)
-        offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+        offsets = torch.tensor(range(-radius, radius + 1), dtype=torch.float32)
         taps = torch.exp(-(offsets**2) / (2 * sigma**2)) if sigma else torch.ones(1)
         kernel = torch.outer(taps, taps)
         kernel = kernel / kernel.sum()
