@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train-demo test test-slow lint types dist clean distclean
+.PHONY: help install demo train-demo test test-slow test-gpu lint types dist clean distclean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -51,6 +51,9 @@ test: lint types  ## lint, types, and every test that is neither slow nor needs 
 # pytest exits with 5 when it selects no test, which is no failure here.
 test-slow: $(INSTALLED)  ## the tests that take minutes or install packages
 	$(PYTEST) -m "slow and not gpu" || test $$? -eq 5
+
+test-gpu: $(INSTALLED)  ## the tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu || test $$? -eq 5
 
 lint: $(INSTALLED)  ## ruff
 	$(RUN) -m ruff check .

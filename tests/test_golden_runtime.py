@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,19 @@ def write_published_files(golden: Any, folder: Path) -> tuple[Path, Path | None]
     torch.save(whole, folder / "depth" / "encoder.pth")
     torch.save(networks["depth_decoder"], folder / "depth" / "depth.pth")
     return folder / "model.pth.tar", folder / "depth"
+
+
+@pytest.mark.slow
+def test_the_full_size_in_fp16_keeps_45_db_in_6_gb(golden: Any, tmp_path: Path) -> None:
+    checkpoint, depth = write_published_files(golden("dagan"), tmp_path)
+    arguments = ["--checkpoint", str(checkpoint), "--depth", str(depth), "--out", str(tmp_path / "bundle")]
+    options = ["--precision", "fp16", "--no-torch-weights"]
+    process = subprocess.Popen([sys.executable, "-m", "dagan_rt.export", *arguments, *options])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss < 6e6  # kB
+    reenactment = Bundle.open(tmp_path / "bundle").report.reenactment
+    assert min(reenactment[backend].psnr for backend in ("onnxruntime", "fp16 rounding")) >= 45
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

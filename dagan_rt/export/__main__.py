@@ -72,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--compute-capability", dest="compute_capabilities", nargs="+", metavar="CC",
         help="GPUs that tensorrt-rtx engines are built for, as 8.9 (default: this machine's, or 8.6 8.9 12.0)",
     )  # fmt: skip
+    option(
+        "--strip-weights", action="store_true",
+        help="leave the weights out of engines: smaller, filled from the graphs when loaded (needs a GPU)",
+    )  # fmt: skip
     return parser
 
 

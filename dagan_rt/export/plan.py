@@ -35,6 +35,7 @@ class Plan:
     only: tuple[str, ...] = ()  # these subnetworks instead of the four that reenact
     torch_weights: bool = True  # also store the checkpoint, which the torch backend needs
     compute_capabilities: tuple[str, ...] = ()  # GPUs that engines are built for, as "8.9"; empty: the flavour's choice
+    strip_weights: bool = False  # engines without weights, filled from the ONNX graphs beside them when loaded
 
     def __post_init__(self) -> None:
         self.profile  # noqa: B018 (raises for a wrong batch)
@@ -57,8 +58,9 @@ class Plan:
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"[1-9][0-9]?\.[0-9]", capability):
                 raise InputError(f"a compute capability must be a number such as 8.9, got {capability!r}")
-        if self.compute_capabilities and not self.flavours:
-            raise InputError("compute_capabilities is for engines: name the target tensorrt or tensorrt-rtx too")
+        for name in ("compute_capabilities", "strip_weights"):
+            if getattr(self, name) and not self.flavours:
+                raise InputError(f"{name} is for engines: name the target tensorrt or tensorrt-rtx too")
 
     @property
     def profile(self) -> BatchProfile:

@@ -40,6 +40,7 @@ def build_engines(folder: Path, plan: Plan, manifest: Mapping[str, Any], report:
             precisions={name: graph.precision for name, graph in bundle.graphs.items()},
             recipe_hash=plan.digest,
             compute_capabilities=plan.compute_capabilities,
+            stripped=plan.strip_weights,
             report=building,
         )
         built.append((engines, summaries))

@@ -112,9 +112,11 @@ def build_engines(
     return engines, summaries
 
 
-def check(flavour: str, compute_capabilities: Sequence[str] = ()) -> None:
+def check(flavour: str, compute_capabilities: Sequence[str] = (), stripped: bool = False) -> None:
     """Raise InputError if the library is missing, or cannot build for these GPUs on this machine."""
-    _targets(flavour_named(flavour).load(), flavour, tuple(compute_capabilities), compute_capability())
+    library, here = flavour_named(flavour).load(), compute_capability()
+    targets = _targets(library, flavour, tuple(compute_capabilities), here)
+    _check_options(flavour, targets, {}, stripped, here)
 
 
 def supported(library: ModuleType) -> tuple[str, ...]:

@@ -9,17 +9,25 @@ from torch import Tensor
 HEATMAP_VARIANCE = 0.01
 
 
+def axis(size: int, like: Tensor) -> Tensor:
+    """Coordinates of pixels along one axis, [size] in [-1, 1], corner-aligned: pixel i lies at 2 i / (size - 1) - 1."""
+    return 2 * torch.arange(size, dtype=like.dtype, device=like.device) / (size - 1) - 1
+
+
 def coordinate_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """(x, y) of every pixel, [H, W, 2] in [-1, 1], corner-aligned: pixel i of n lies at 2 i / (n - 1) - 1."""
-    y = 2 * torch.arange(height, dtype=like.dtype, device=like.device) / (height - 1) - 1
-    x = 2 * torch.arange(width, dtype=like.dtype, device=like.device) / (width - 1) - 1
+    """(x, y) of every pixel, [H, W, 2] in [-1, 1], corner-aligned as in `axis`."""
+    y, x = axis(height, like), axis(width, like)
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
 
 
 def gaussian_heatmaps(points: Tensor, height: int, width: int) -> Tensor:
     """Unnormalised Gaussians around each of `points` [B, K, 2]: [B, K, H, W] in (0, 1]."""
-    distance = coordinate_grid(height, width, points) - points[:, :, None, None]  # [B, K, H, W, 2]
-    return torch.exp(-0.5 * (distance * distance).sum(-1) / HEATMAP_VARIANCE)
+    x, y = axis(width, points), axis(height, points)
+    # A Gaussian is the product of one along each axis: H + W exponentials a point, not H · W.
+    along_x, along_y = (
+        torch.exp(-0.5 * (places - points[..., at : at + 1]) ** 2 / HEATMAP_VARIANCE) for at, places in ((0, x), (1, y))
+    )  # [B, K, W], [B, K, H]
+    return along_y[..., :, None] * along_x[..., None, :]
 
 
 def invert_2x2(matrix: Tensor) -> Tensor:

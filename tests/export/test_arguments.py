@@ -85,6 +85,7 @@ AT_ONCE = [
     ("--budget 50", "budget is for fp16, int8 and auto"),
     ("--precision int8 --calibrate nowhere", "calibration data nowhere does not exist"),
     ("--precision int8 --calibrate empty", "calibration data empty holds no video and no image"),
+    ("--strip-weights", "strip_weights is for engines: name the target"),
     ("--target tensorrt-rtx --compute-capability 9.0", "compute capability must be one that tensorrt-rtx serves, 7.5"),
     ("--budget much", "argument --budget: invalid float value: 'much'"),
     ("--opset 16", "opset must be in 17..20, got 16"),

@@ -76,6 +76,31 @@ def test_batch_norms_are_folded(exported: Any) -> None:
         assert kinds["BatchNormalization"] <= 1, kinds  # the one before a residual block's first convolution
 
 
+def test_nothing_in_a_graph_is_dead(exported: Any) -> None:
+    _, bundle, _ = exported
+    for name in bundle.graphs:
+        graph = onnx.load(bundle.graph(name)).graph
+        wanted = {output.name for output in graph.output}
+        for node in reversed(graph.node):
+            assert wanted.intersection(node.output), (name, node.name)
+            wanted.update(node.input)
+        assert wanted >= {tensor.name for tensor in (*graph.initializer, *graph.input)}, name
+
+
+def test_no_frame_computes_again_what_the_source_alone_decides(exported: Any) -> None:
+    """Convolutions, matrix products, sampling: all of them see something of the driving frame."""
+    _, bundle, _ = exported
+    for name in ("motion", "generator"):
+        graph = onnx.load(bundle.graph(name)).graph
+        moving = {it.name for it in graph.input if it.name.startswith("driving_") or it.name in ("flow", "occlusion")}
+        assert moving
+        for node in graph.node:
+            if moving.intersection(node.input):
+                moving.update(node.output)
+            else:
+                assert node.op_type not in ("Conv", "ConvTranspose", "MatMul", "GridSample", "Softmax"), node.name
+
+
 def test_the_graphs_chained_are_the_network(exported: Any) -> None:
     """With three faces at once, each with its own movement scale, against the undivided network."""
     model, bundle, _ = exported
