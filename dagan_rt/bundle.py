@@ -203,9 +203,15 @@ def file_names(root: Path) -> list[str]:
     return [name for name in names if name != MANIFEST]
 
 
-def write_manifest(root: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Write manifest.json over the files now in `root` and return it; format, version and files are filled in here."""
-    files = {name: digest(root / name) for name in file_names(root)}
+def write_manifest(
+    root: Path, manifest: Mapping[str, Any], unchanged: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write manifest.json over the files now in `root` and return it; format, version and files are filled in here.
+
+    unchanged: entries of files that need not be read again.
+    """
+    known = unchanged or {}
+    files = {name: known.get(name) or digest(root / name) for name in file_names(root)}
     whole = {"format": FORMAT, "version": VERSION, **manifest, "files": files}
     (root / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return whole

@@ -75,11 +75,11 @@ def export(
         keep(folder, precisions, plan)
         built = build_engines(folder, plan, manifest(precisions), report)
         report("errors")
-        bundle = Bundle.described(folder, write_manifest(folder, manifest(precisions)))
-        measured = references.measure(bundle, built, notes)
+        unmeasured = write_manifest(folder, manifest(precisions))
+        measured = references.measure(Bundle.described(folder, unmeasured), built, notes)
         require_passed(measured)
         measured.write(folder)
-        whole = write_manifest(folder, manifest(precisions))
+        whole = write_manifest(folder, manifest(precisions), unchanged=unmeasured["files"])
     return Bundle.described(Path(out), whole), measured
 
 

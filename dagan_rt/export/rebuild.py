@@ -75,11 +75,13 @@ def rebuild(
             if older.key not in keys and (older.flavour, older.compute_capabilities) in replaced:
                 shutil.rmtree(folder / FOLDER / older.key)
         report("errors")
-        manifest = write_manifest(folder, bundle.manifest)
-        measured = _measured(Bundle.described(folder, manifest), plan, built)
-        (folder / REPORT).unlink()  # it is still the older bundle's file
+        same = {name: entry for name, entry in bundle.manifest["files"].items() if not name.startswith(f"{FOLDER}/")}
+        unmeasured = write_manifest(folder, bundle.manifest, unchanged=same)
+        measured = _measured(Bundle.described(folder, unmeasured), plan, built)
+        (folder / REPORT).unlink(missing_ok=True)  # it is still the older bundle's file
         measured.write(folder)
-        manifest = write_manifest(folder, bundle.manifest)
+        same = {name: entry for name, entry in unmeasured["files"].items() if name != REPORT}
+        manifest = write_manifest(folder, bundle.manifest, unchanged=same)
     return Bundle.described(bundle.path, manifest), measured
 
 
