@@ -81,6 +81,11 @@ for line in sys.stdin:
 """
 
 
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and hands that on to all it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Exports:
     """Exports of one checkpoint, each in a process of its own."""
 
@@ -88,7 +93,7 @@ class Exports:
         self._log, self._arguments = folder / "log", arguments
         self._server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_interrupts,
         )  # fmt: skip
 
     def run(self, out: Path, *more: str, moment: int = 0, number: int = signal.SIGKILL, **job: Any) -> int:
@@ -245,7 +250,9 @@ def checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> li
 def test_the_command_itself(tmp_path: Path, checkpoint: list[str], number: int, code: int, files: int) -> None:
     """A whole export as a shell starts it, ended as soon as its folder holds so many files."""
     command = [sys.executable, "-m", "dagan_rt.export", *checkpoint, "--out", str(tmp_path / "bundle")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     while process.poll() is None:
         partial = next(tmp_path.glob(".bundle.*.partial"), None)
         if partial and sum(path.is_file() for path in partial.rglob("*")) >= files:
