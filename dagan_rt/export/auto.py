@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dagan_rt.errors import InputError
 
 EXACT = "fp32"
+WORTH = 0.05  # the share of a graph's fp32 time that a precision must save: less is noise, and costs digits
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def choose(
     """Lower one graph after another, the largest saving first, as long as the end result stays inside the budget.
 
     seconds: by graph and precision, "fp32" among them, what one run takes. psnr: end to end in dB, for a precision of
-    every graph. A precision no faster than a graph's present one is never tried, so at most one measurement is made for
+    every graph. A precision that saves less than `WORTH` is never tried, so at most one measurement is made for
     each entry of `seconds`. Raises InputError if fp32 everywhere misses `budget_db`.
     """
     chosen = dict.fromkeys(graphs, EXACT)
@@ -41,7 +42,8 @@ def choose(
     refused: dict[str, list[str]] = {graph: [] for graph in graphs}
     savings = [(times[EXACT] - times[it], graph, it) for graph, times in _of(graphs, seconds) for it in times]
     for saving, graph, precision in sorted(savings, reverse=True):
-        if saving <= 0 or chosen[graph] != EXACT:  # an accepted one is the fastest of its graph: it came first
+        # One that was accepted came first, so it is the fastest of its graph.
+        if saving < WORTH * seconds[graph][EXACT] or chosen[graph] != EXACT:
             continue
         measured = psnr({**chosen, graph: precision})
         if measured >= budget_db:
@@ -65,5 +67,5 @@ def _reason(graph: str, times: Mapping[str, float], chosen: str, psnr: float, re
     elif refused:
         why = "nothing faster keeps the budget"
     else:
-        why = "nothing is faster"
+        why = "nothing is clearly faster"
     return f"{graph}: {chosen} ({measured}); {'; '.join([why, *refused])}"

@@ -48,13 +48,20 @@ def test_against_every_combination(budget: float) -> None:
         best = min(numbers.total(each) for each in every if numbers.psnr(each) >= budget)
         found = numbers.total(choice.precisions)
         for graph, precision in choice.precisions.items():
-            assert numbers.seconds[graph][precision] <= numbers.seconds[graph]["fp32"]
+            seconds = numbers.seconds[graph]
+            assert precision == "fp32" or seconds[precision] <= 0.95 * seconds["fp32"]
             for other in PRECISIONS:  # nothing faster for this graph alone would have kept the budget
-                if numbers.seconds[graph][other] < numbers.seconds[graph][precision]:
+                if seconds[other] < min(seconds[precision], 0.95 * seconds["fp32"]):
                     assert numbers.psnr({**choice.precisions, graph: other}) < budget
         optimal += found == pytest.approx(best)
         assert best <= found <= numbers.total(dict.fromkeys(GRAPHS, "fp32"))
     assert optimal >= 60  # greedy: near the best, and mostly the best
+
+
+def test_a_saving_within_the_noise_is_none() -> None:
+    for saved, expected in ((0.04, "fp32"), (0.06, "int8")):
+        choice = choose(("a",), {"a": {"fp32": 1.0, "int8": 1.0 - saved}}, lambda it: 60.0, 40)
+        assert choice.precisions == {"a": expected}
 
 
 def test_reasons_name_what_was_measured() -> None:
@@ -72,7 +79,7 @@ def test_reasons_name_what_was_measured() -> None:
     choice = choose(tuple(seconds), seconds, psnr, 40)
     assert choice.precisions == {"source": "fp32", "driving": "fp16", "generator": "int8"}
     assert choice.reasons == [
-        "source: fp32 (fp32 100.0 ms, fp16 200.0 ms); nothing is faster",
+        "source: fp32 (fp32 100.0 ms, fp16 200.0 ms); nothing is clearly faster",
         "driving: fp16 (fp32 100.0 ms, fp16 90.0 ms, int8 50.0 ms); 41.0 dB end to end with it; "
         "int8 would leave 20.0 dB of the 40 asked for",
         "generator: int8 (fp32 1000.0 ms, fp16 1000.0 ms, int8 500.0 ms); 41.0 dB end to end with it",
