@@ -32,6 +32,7 @@ from dagan_rt.tables import printable
 FORMAT = "dagan-rt bundle"
 VERSION = 2
 MANIFEST = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "int8")
 GRAPHS = ("source", "driving", "motion", "generator")
 WEIGHTS = "weights/model.pth.tar"
 DEPTH_WEIGHTS = "weights/depth"
@@ -299,6 +300,8 @@ def _read_graphs(root: Path, manifest: Mapping[str, Any]) -> dict[str, Graph]:
         inputs, outputs = (_read_tensors(entry.get(side), f"{root / MANIFEST}: graph {name!r}: {side}")
                            for side in ("inputs", "outputs"))  # fmt: skip
         runs, precision = str(entry.get("runs", "")), str(entry.get("precision", ""))
+        if precision not in PRECISIONS:
+            raise InputError(f"{root / MANIFEST}: graph {name!r} must be {' or '.join(PRECISIONS)}, got {precision!r}")
         graphs[name] = Graph(name, root / entry["file"], runs, inputs, outputs, precision)
     return graphs
 

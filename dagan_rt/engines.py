@@ -23,12 +23,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dagan_rt.bundle import BatchProfile, Bundle
+from dagan_rt.bundle import PRECISIONS, BatchProfile, Bundle
 from dagan_rt.errors import InputError, MissingPackage
-from dagan_rt.tables import fill, read_text
+from dagan_rt.tables import fill, read_json
 
 FOLDER, SIDECAR = "engines", "engine.json"
-PRECISIONS = ("fp32", "fp16", "int8")
 MOST_SETS = 16  # kinds of engines in one bundle
 
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
@@ -224,13 +223,7 @@ def engine_sets(bundle: Bundle) -> list[EngineSet]:
     found = []
     for name in names:
         path = bundle.path / name
-        try:
-            values = json.loads(read_text(path, "sidecar"))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} must be JSON, got something else ({one_line(error)})") from None
-        engines = EngineSet.from_dict(values, str(path))
+        engines = EngineSet.from_dict(read_json(path, "sidecar"), str(path))
         if engines.key != path.parent.name:
             raise InputError(f"{path} must lie in the folder {engines.key}: it was moved or changed after the build")
         found.append(engines)

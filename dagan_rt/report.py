@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dagan_rt.errors import InputError
-from dagan_rt.tables import fill, printable, read_text
+from dagan_rt.tables import fill, printable, read_json
 
 REPORT = "verify.json"
 
@@ -83,12 +83,7 @@ class Report:
     @classmethod
     def read(cls, path: Path) -> Report:
         """Read a verify.json, which may come from anywhere; InputError names what is wrong with it."""
-        try:
-            values = json.loads(read_text(path, "report"))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} must be JSON, got something else ({error})") from None
+        values = read_json(path, "report")
         if not isinstance(values, dict):
             raise InputError(f"{path} must hold an object, got {type(values).__name__}")
         values.pop("verdict", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import types
@@ -26,6 +27,15 @@ def read_text(path: str | Path, what: str = "recipe") -> str:
     if len(content) > LARGEST_FILE:
         raise InputError(f"{what} {path} must be at most {LARGEST_FILE} bytes")
     return text
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """The value in a small JSON file; InputError if it cannot be read."""
+    text = read_text(path, what)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} must be JSON, got something else ({str(error)[:200]})") from None
 
 
 def parse(text: str, name: str) -> dict[str, Any]:

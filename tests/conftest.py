@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -82,7 +83,7 @@ def fill() -> Any:
     return _fill()
 
 
-def _small_model(variant: str, seed: int = 0) -> Any:
+def _small_model(variant: str, seed: int = 0, **sizes: Any) -> Any:
     import torch
 
     from dagan_rt.networks.config import NetworkConfig
@@ -95,6 +96,7 @@ def _small_model(variant: str, seed: int = 0) -> Any:
         motion_max=16, motion_blocks=2, generator_width=8, generator_max=16, residual_blocks=1, query_width=4,
         spade_width=8, spade_hidden=8, discriminator_width=4, discriminator_max=8, discriminator_blocks=2,
     )  # fmt: skip
+    config = replace(config, **sizes)
     torch.manual_seed(seed)
     model = Model(config).eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -109,7 +111,10 @@ def _small_model(variant: str, seed: int = 0) -> Any:
 
 @pytest.fixture(scope="session")
 def small_model() -> Any:
-    """`small_model(variant, seed=0)`: 64 pixels, few channels; batch norms and attention away from a neutral start."""
+    """`small_model(variant, seed=0, **config)`: 64 pixels, few channels, unless `config` says otherwise.
+
+    Batch norms and attention are away from a neutral start.
+    """
     return _small_model
 
 

@@ -1,15 +1,16 @@
-"""Faces to calibrate int8 on, and what every subnetwork is given while they reenact one another."""
+"""Faces to calibrate int8 on, and what every subnetwork is given while they drive one another."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dagan_rt.errors import InputError
+from dagan_rt.export.recording import Arrays, session
 
 if TYPE_CHECKING:
     from dagan_rt.export.subnetworks import Subnetwork
@@ -37,62 +38,20 @@ def clips(source: str | Path, size: int, count: int = FRAMES) -> list[np.ndarray
 
 def record(
     model: Model, declared: Sequence[Subnetwork], source: str | Path, count: int = FRAMES
-) -> dict[str, list[dict[str, np.ndarray]]]:
+) -> dict[str, list[Arrays]]:
     """The inputs of each declared subnetwork in PyTorch, one sample a frame of `clips`, batches of one.
 
     model: on the CPU, in evaluation mode. Every clip drives its own first face, or that of the next clip, in turn, with
     relative motion: small and large motions both occur.
     """
-    import torch
-
     faces = clips(source, model.config.size, count)
-    samples: dict[str, list[dict[str, np.ndarray]]] = {subnetwork.name: [] for subnetwork in declared}
-    wanted = {tensor.name for subnetwork in declared for tensor in subnetwork.inputs}
-    with torch.inference_mode():
-        for number, clip in enumerate(faces):
-            portrait = faces[(number + number % 2) % len(faces)][0]
-            for arrays in _session(model, portrait, clip):
-                if not wanted <= arrays.keys():
-                    arrays = {**arrays, **_inside(model, arrays)}
-                for subnetwork in declared:
-                    inputs = {tensor.name: arrays[tensor.name].numpy() for tensor in subnetwork.inputs}
-                    samples[subnetwork.name].append(inputs)
+    samples: dict[str, list[Arrays]] = {subnetwork.name: [] for subnetwork in declared}
+    for number, clip in enumerate(faces):
+        portrait = faces[(number + number % 2) % len(faces)][:1]
+        for inputs in session(model, declared, portrait, [clip[at : at + 1] for at in range(len(clip))]):
+            for name, arrays in inputs.items():
+                samples[name].append(arrays)
     return samples
-
-
-def _session(model: Model, portrait: np.ndarray, clip: np.ndarray) -> Iterator[dict[str, Any]]:
-    """The tensors that the four graphs take, by name, frame by frame; image, depth and key points are the frame's."""
-    import torch
-
-    from dagan_rt.export.subnetworks import subnetworks
-
-    known = {subnetwork.name: subnetwork for subnetwork in subnetworks(model.config)}
-    images = torch.from_numpy(np.stack([portrait, *clip])).permute(0, 3, 1, 2).float() / 255
-    points = ("kp_value", "kp_jacobian")
-    source = known["source"].run(model, {"image": images[:1]})
-    arrays: dict[str, Any] = {**source, "source_image": images[:1], "scale": torch.ones(1, 1)}
-    arrays |= {f"source_{name}": source[name] for name in points}
-    for number in range(len(clip)):
-        arrays["image"] = images[number + 1 : number + 2]
-        arrays |= (found := known["driving"].run(model, arrays))
-        for role in ("driving_", "initial_") if number == 0 else ("driving_",):
-            arrays |= {role + name: found[name] for name in points}
-        arrays |= known["motion"].run(model, arrays)
-        yield arrays
-
-
-def _inside(model: Model, arrays: dict[str, Any]) -> dict[str, Any]:
-    """What passes between the parts of one graph, for those exported alone."""
-    generator, flow, occlusion = model.generator, arrays["flow"], arrays["occlusion"]
-    warped = generator.warp(arrays["feature"], flow, occlusion)
-    inside = {
-        "warped_feature": warped,
-        "attended_feature": generator.attend(warped, arrays.get("query")),
-        "deformed": generator.warp(arrays["source_image"], flow, occlusion),
-    }
-    if model.config.parts.attention == "depth":
-        inside["depth_feature"] = generator.encode_depth(arrays["depth"])
-    return inside
 
 
 def _draw(size: int, count: int) -> list[np.ndarray]:

@@ -23,18 +23,18 @@ def multiply_accumulates(model: ModelProto, batch: int = 1) -> int:
     Taps that fall on padding count, as they do in `torch.utils.flop_counter` (which counts two operations each).
     Raises InputError if the shape of such a node cannot be inferred.
     """
-    shapes = _shapes(model, batch)
+    known = shapes(model, batch)
     total = 0
     for node in model.graph.node:
         if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
             continue
         for name in (*node.input[:2], node.output[0]):
-            if name not in shapes or not all(shapes[name]):
+            if name not in known or not all(known[name]):
                 raise InputError(
                     f"graph {model.graph.name}: {node.op_type} {node.name!r} must have inferable shapes, "
                     f"got none for {name!r}: export with all axes but {BATCH!r} fixed"
                 )
-        x, weight, y = (shapes[name] for name in (*node.input[:2], node.output[0]))
+        x, weight, y = (known[name] for name in (*node.input[:2], node.output[0]))
         if node.op_type == "Conv":
             total += prod(y) * prod(weight[1:])  # [outputs, inputs / groups, ...]
         elif node.op_type == "ConvTranspose":
@@ -45,7 +45,7 @@ def multiply_accumulates(model: ModelProto, batch: int = 1) -> int:
     return total
 
 
-def _shapes(model: ModelProto, batch: int) -> dict[str, tuple[int, ...]]:
+def shapes(model: ModelProto, batch: int = 1) -> dict[str, tuple[int, ...]]:
     """Shapes by tensor with a fixed batch; 0 for an axis that stays unknown, no entry for an unknown rank."""
     from onnx import shape_inference
 
@@ -57,11 +57,11 @@ def _shapes(model: ModelProto, batch: int) -> dict[str, tuple[int, ...]]:
             if axis.dim_param == BATCH:
                 axis.dim_value = batch
     graph = shape_inference.infer_shapes(fixed, data_prop=True).graph
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.type.tensor_type.HasField("shape"):
-            shapes[value.name] = _sizes(value)
-    return shapes
+            found[value.name] = _sizes(value)
+    return found
 
 
 def _sizes(value: ValueInfoProto) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagan_rt.export.plan import PRECISIONS, Plan
+from dagan_rt.bundle import PRECISIONS
+from dagan_rt.export.plan import Plan
 
 if TYPE_CHECKING:
     from dagan_rt.backends import Backend

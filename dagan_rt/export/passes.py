@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dagan_rt.export.counts import shapes
+
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
@@ -59,13 +61,13 @@ def block_narrow_convolutions(model: ModelProto) -> int:
     from onnx import helper
 
     graph = model.graph
-    constants, shapes = _constants(graph), _shapes(model)
+    constants, sizes = _constants(graph), shapes(model)
     rewritten = 0
     for index in reversed(range(len(graph.node))):  # nodes are inserted behind
         node = graph.node[index]
         if not _is_plain_conv(node, constants):
             continue
-        weight, sides = constants[node.input[1]], shapes.get(node.output[0], ())[2:]
+        weight, sides = constants[node.input[1]], sizes.get(node.output[0], ())[2:]
         outputs, inputs, kernel, _ = weight.shape
         fitting = [r for r in (4, 2) if outputs * r * r <= LANES and all(side and side % r == 0 for side in sides)]
         if kernel < 5 or not sides or not fitting:
@@ -152,15 +154,6 @@ def _store(graph: GraphProto, name: str, values: np.ndarray) -> str:
 
 def _uses(graph: GraphProto) -> Counter[str]:
     return Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
-
-
-def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shapes by tensor, 0 for an axis that is not fixed."""
-    from onnx import shape_inference
-
-    inferred = shape_inference.infer_shapes(model, data_prop=True).graph
-    values = [*inferred.input, *inferred.value_info, *inferred.output]
-    return {value.name: tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim) for value in values}
 
 
 def _remove_unused(graph: GraphProto) -> None:

@@ -15,7 +15,6 @@ from dagan_rt.bundle import BatchProfile
 from dagan_rt.errors import InputError
 from dagan_rt.tables import fill, parse, read_text
 
-PRECISIONS = ("fp32", "fp16", "int8")
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
 OPSETS = range(17, 21)  # GridSample came with 16; the tracer's limit is 20
 #: Least PSNR in dB of reenacted frames against fp32 PyTorch; fp32 is held to the last 8-bit level instead.

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dagan_rt.bundle import PRECISIONS
 from dagan_rt.errors import InputError
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
-
-PRECISIONS = ("fp32", "fp16", "int8")
 
 #: Operations that stay in float32 even inside a trunk, and why.
 KEPT_OPERATIONS = {

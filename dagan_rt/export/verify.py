@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from dagan_rt.bundle import BatchProfile, Bundle
 from dagan_rt.engines import EngineSet
 from dagan_rt.errors import InputError
 from dagan_rt.export.plan import Plan
-from dagan_rt.export.subnetworks import PART, Subnetwork, Tolerance, parts, subnetworks
+from dagan_rt.export.recording import session
+from dagan_rt.export.subnetworks import Subnetwork, Tolerance
 from dagan_rt.export.tensorrt import Summary
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.networks.config import NetworkConfig
@@ -78,47 +79,17 @@ class Recorded:
         return Recorded(*({name: x[rows] for name, x in side.items()} for side in (self.inputs, self.outputs)))
 
 
-def record(model: Model, frames: np.ndarray, with_parts: bool = False) -> dict[str, Recorded]:
-    """Run two sessions at once in PyTorch on `frames` uint8 [4, size, size, 3], and note every subnetwork's arrays.
-
-    `with_parts`: those of the paper's parts too.
-    """
+def record(model: Model, declared: Sequence[Subnetwork], frames: np.ndarray) -> dict[str, Recorded]:
+    """What every declared subnetwork takes and gives in two sessions at once, on `frames` uint8 [4, size, size, 3]."""
     import torch
 
-    declared = {subnetwork.name: subnetwork for subnetwork in (*subnetworks(model.config), *parts(model.config))}
-    images = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-    arrays: dict[str, Any] = {"source_image": images[:2], "scale": torch.tensor([[1.0], [1.2]])}
-    recorded: dict[str, Recorded] = {}
-
-    def run(name: str) -> dict[str, Any]:
-        inputs = {tensor.name: arrays[tensor.name] for tensor in declared[name].inputs}
-        outputs = declared[name].run(model, inputs)
-        recorded[name] = Recorded(*({key: x.numpy() for key, x in side.items()} for side in (inputs, outputs)))
-        return outputs
-
+    *_, inputs = session(model, declared, frames[:2], [frames[1:3], frames[2:4]], scale=1.2)
+    recorded = {}
     with torch.inference_mode():
-        for graph, role, faces in (
-            ("source", "source", images[:2]),
-            ("driving", "initial", images[1:3]),
-            ("driving", "driving", images[2:4]),
-        ):
-            arrays["image"] = faces
-            found = run(graph)
-            arrays |= {f"{role}_{name}": found[name] for name in ("kp_value", "kp_jacobian")}
-            if graph == "source":
-                arrays |= found
-        arrays |= run("motion")
-        run("generator")
-        if not with_parts:
-            return recorded
-        # On the source of the same sessions.
-        flow, occlusion = arrays["flow"], arrays["occlusion"]
-        arrays["image"] = images[:2]
-        arrays["warped_feature"] = model.generator.warp(arrays["feature"], flow, occlusion)
-        arrays["attended_feature"] = arrays["warped_feature"]  # until an attention, where there is one, changes it
-        arrays["deformed"] = model.generator.warp(arrays["image"], flow, occlusion)
-        for part in parts(model.config):
-            arrays |= run(part.name)
+        for subnetwork in declared:
+            given = inputs[subnetwork.name]
+            outputs = subnetwork.run(model, {name: torch.from_numpy(values) for name, values in given.items()})
+            recorded[subnetwork.name] = Recorded(given, {name: values.numpy() for name, values in outputs.items()})
     return recorded
 
 
@@ -151,7 +122,7 @@ class References:
         self.what = f"PyTorch {torch.__version__} in float32"
         self.frames = ", ".join(file.name for file in images) or f"{FRAMES} frames of a drawn talking head"
         self.plan, self.declared = plan, declared
-        self.recorded = record(model, frames, with_parts=any(it.runs == PART for it in declared))
+        self.recorded = record(model, declared, frames)
         # A bundle of single parts, or of graphs for several faces at once, has nothing that reenacts.
         self.sessions = Sessions(model, frames) if not plan.only and plan.profile.least == 1 else None
 

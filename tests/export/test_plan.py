@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dagan_rt._assets import asset
-from dagan_rt.bundle import BatchProfile
+from dagan_rt.bundle import PRECISIONS, BatchProfile
 from dagan_rt.errors import InputError
-from dagan_rt.export.plan import BUDGETS, OPSETS, PRECISIONS, TARGETS, Plan, read_plan
+from dagan_rt.export.plan import BUDGETS, OPSETS, TARGETS, Plan, read_plan
 from dagan_rt.tables import fill
 
 RECIPES = sorted(asset("export", "recipes").glob("*.toml"))
@@ -21,6 +21,7 @@ RECIPES = sorted(asset("export", "recipes").glob("*.toml"))
 CHANGED: dict[str, Any] = {
     "precision": "int8", "targets": ["tensorrt-rtx"], "batch": "1:2:4", "budget": 33.0, "calibrate": "heads",
     "opset": 19, "only": ["attention"], "torch_weights": False, "compute_capabilities": ["8.9"],
+    "strip_weights": True,
 }  # fmt: skip
 
 
