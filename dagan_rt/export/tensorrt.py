@@ -39,7 +39,6 @@ from dagan_rt.files import AtomicFile
 
 #: What TensorRT-RTX builds for where there is no GPU: GeForce RTX 30 (Ampere), 40 (Ada) and 50 (Blackwell).
 PORTABLE = ("8.6", "8.9", "12.0")
-WORKSPACE = 4 << 30  # bytes of GPU memory that one layer may take; the library's own limit is the whole memory
 
 Graphs = Mapping[str, tuple[Path, tuple[Tensor, ...]]]  # by name: the ONNX file and its declared inputs
 
@@ -217,7 +216,6 @@ class _Build:
         library, config, targets = self.library, self.builder.create_builder_config(), self.settings.targets
         flags = library.BuilderFlag
         config.clear_flag(flags.TF32)  # on by default, and not fp32: it multiplies with 10 bits of mantissa
-        config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, WORKSPACE)
         config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # for the inspector; costs nothing at run time
         if hasattr(config, "set_compute_capability"):
             config.num_compute_capabilities = len(targets)

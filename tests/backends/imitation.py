@@ -75,7 +75,7 @@ def tensorrt(version: str = "11.4.0.106") -> ModuleType:
     for cls in (
         ILogger, Builder, IBuilderConfig, INetworkDefinition, ITensor, IOptimizationProfile, ITimingCache, OnnxParser,
         ParserError, Runtime, ICudaEngine, IExecutionContext, EngineInspector, Refitter, OnnxParserRefitter, DataType,
-        BuilderFlag, NetworkDefinitionCreationFlag, MemoryPoolType, ProfilingVerbosity, LayerInformationFormat,
+        BuilderFlag, NetworkDefinitionCreationFlag, ProfilingVerbosity, LayerInformationFormat,
     ):  # fmt: skip
         setattr(library, cls.__name__, cls)
     return library
@@ -91,10 +91,6 @@ class BuilderFlag(enum.Enum):
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
     STRONGLY_TYPED = 1
-
-
-class MemoryPoolType(enum.Enum):
-    WORKSPACE = 0
 
 
 class ProfilingVerbosity(enum.Enum):
@@ -212,9 +208,6 @@ class IBuilderConfig:
 
     def clear_flag(self, flag: BuilderFlag) -> None:
         calls.append(("clear_flag", flag))
-
-    def set_memory_pool_limit(self, pool: MemoryPoolType, size: int) -> None:
-        calls.append(("set_memory_pool_limit", pool, size))
 
     def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
         calls.append(("add_optimization_profile",))

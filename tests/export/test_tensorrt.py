@@ -18,7 +18,7 @@ from dagan_rt.bundle import BatchProfile, Tensor, digest
 from dagan_rt.engines import EngineSet
 from dagan_rt.errors import InputError, MissingPackage
 from dagan_rt.export import tensorrt as adapter
-from dagan_rt.export.subnetworks import Subnetwork, subnetworks
+from dagan_rt.export.subnetworks import Subnetwork, choose, subnetworks
 from dagan_rt.export.tensorrt import PORTABLE, Summary, build_engines
 
 GRAPHS = ("source", "driving", "motion", "generator")
@@ -216,7 +216,24 @@ def test_the_profile_and_the_configuration_are_what_was_asked(
     assert targets == [rtx.ComputeCapability.SM86, rtx.ComputeCapability.SM120]
     assert not config.get_flag(rtx.BuilderFlag.TF32)
     assert config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    assert config.get_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE) == adapter.WORKSPACE
+
+
+@needs_rtx
+@without_gpu
+def test_attention_of_many_large_faces_has_room(tmp_path: Path) -> None:
+    """The logits of 32 faces at 64 × 64 positions take 2 GB, and softmax as much again."""
+    import torch
+
+    from dagan_rt.export.onnx import save, trace
+    from dagan_rt.networks.config import NetworkConfig
+    from dagan_rt.networks.model import Model
+
+    torch.manual_seed(0)
+    widths = {"generator_width": 8, "generator_max": 16, "query_width": 16}
+    config = NetworkConfig(variant="dagan_sa", size=128, down_blocks=1, **widths)
+    profile, (attention,) = BatchProfile.parse("1:8:32"), choose(config, ["attention"])
+    save(trace(Model(config).eval(), attention, profile), tmp_path / "attention.onnx")
+    build(tmp_path, {"attention": (tmp_path / "attention.onnx", attention.inputs)}, batch=profile)
 
 
 @needs_rtx
@@ -403,7 +420,6 @@ def test_tensorrt_networks_are_strongly_typed(tmp_path: Path, monkeypatch: pytes
     calls = imitation().calls
     assert ("create_network", 0b10) in calls  # the bit of STRONGLY_TYPED
     assert ("clear_flag", library.BuilderFlag.TF32) in calls
-    assert ("set_memory_pool_limit", library.MemoryPoolType.WORKSPACE, adapter.WORKSPACE) in calls
     assert ("set_shape", "x", (1, 2, 4, 4), (2, 2, 4, 4), (8, 2, 4, 4)) in calls
     assert not any(call[0] == "set_flag" for call in calls)
     assert re.fullmatch(rf"tensorrt-{version}-sm89-fp32-b1\.2\.8-[0-9a-f]{{8}}", found.key)
