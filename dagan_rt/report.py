@@ -19,7 +19,7 @@ class Measured:
 
     max_abs: float
     mean_abs: float
-    psnr: float  # dB against the reference's largest magnitude; 200 where nothing differs
+    psnr: float  # dB against the reference's largest magnitude, for frames against 1; 200 where nothing differs
     tolerance: float  # what `max_abs` may reach
     least_psnr: float = 0.0  # what `psnr` may fall to
 

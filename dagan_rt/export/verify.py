@@ -43,7 +43,7 @@ class ExportError(InputError):
 def compare(result: np.ndarray, reference: np.ndarray, allowed: Tolerance, unit: float | None = None) -> Measured:
     """Errors of `result` against `reference`; `allowed.max_abs` is in units of the reference's largest magnitude.
 
-    That magnitude counts only where it exceeds 1, and `unit` replaces it.
+    That magnitude counts only where it exceeds 1, and `unit` replaces it, in the PSNR too: 1 for images in [0, 1].
     """
     peak = float(np.abs(reference).max())
     difference = np.abs(result.astype(np.float64) - reference)
@@ -51,7 +51,7 @@ def compare(result: np.ndarray, reference: np.ndarray, allowed: Tolerance, unit:
     tolerance = allowed.max_abs * (max(1.0, peak) if unit is None else unit)
     if not math.isfinite(peak + mean_square):
         return Measured(math.nan, math.nan, math.nan, allowed.max_abs, allowed.psnr)
-    psnr = 10 * math.log10(max(peak, 1e-12) ** 2 / mean_square) if mean_square > 0 else 200.0
+    psnr = 10 * math.log10(max(unit or peak, 1e-12) ** 2 / mean_square) if mean_square > 0 else 200.0
     return Measured(float(difference.max()), float(difference.mean()), min(psnr, 200.0), tolerance, allowed.psnr)
 
 
@@ -128,7 +128,7 @@ class References:
         self.sessions = Sessions(model, frames) if not plan.only and plan.profile.least == 1 else None
 
     def whole_tolerance(self, precisions: Iterable[str]) -> Tolerance:
-        """What reenacted frames must keep: the last 8-bit level in fp32, the plan's budget below."""
+        """What reenacted frames must keep: `EXACT_FRAMES` in fp32, the plan's budget below."""
         return EXACT_FRAMES if set(precisions) == {"fp32"} else Tolerance(1.0, self.plan.least_psnr)
 
     def measure(

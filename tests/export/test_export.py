@@ -208,6 +208,8 @@ def test_compare_measures_what_it_says() -> None:
     assert measured.tolerance == pytest.approx(0.08)  # a hundredth of the largest magnitude
     assert measured.psnr == pytest.approx(20 * np.log10(8 / np.sqrt((0.01**2 + 0.02**2) / 3)))
     assert measured.passed
+    image = np.array([0.1, 0.2])  # PSNR of an image is that of the whole range, however dark it is
+    assert compare(image + 0.01, image, Tolerance(1.0, 0.0), unit=1.0).psnr == pytest.approx(40.0)
     assert compare(reference, reference, Tolerance(1e-3, 30.0)) == Measured(0, 0, 200, 0.008, 30)
     assert not compare(reference + 0.09, reference, Tolerance(1e-2, 0.0)).passed
     assert not compare(reference + 0.01, reference, Tolerance(1e-2, 99.0)).passed
