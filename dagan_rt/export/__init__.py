@@ -38,6 +38,7 @@ def export(
     PyTorch by more than its tolerance; then `out` is as it was before.
     """
     from dagan_rt.bundle import Bundle, file_names, write_manifest
+    from dagan_rt.export import calibration
     from dagan_rt.export.graphs import choose_precisions, file_name, keep, write_graphs
     from dagan_rt.export.rebuild import build_engines
     from dagan_rt.export.subnetworks import choose
@@ -76,6 +77,8 @@ def export(
         built = build_engines(folder, plan, manifest(precisions), report)
         report("errors")
         unmeasured = write_manifest(folder, manifest(precisions))
+        if plan.calibrate == calibration.HEADS:
+            notes = (*notes, calibration.ON_HEADS)
         measured = references.measure(Bundle.described(folder, unmeasured), built, notes)
         require_passed(measured)
         measured.write(folder)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dagan_rt.networks.model import Model
 
 HEADS = "heads"
+ON_HEADS = "int8 was calibrated on synthetic heads: for weights of real faces give --calibrate a folder of their clips"
 FRAMES = 16
 PER_CLIP = 4  # a few frames show how far a face moves; more faces show more
 EVERY = 4  # frames of a drawn clip between two that are taken
