@@ -30,7 +30,7 @@ from dagan_rt.tables import fill, read_json
 FOLDER, SIDECAR = "engines", "engine.json"
 MOST_SETS = 16  # kinds of engines in one bundle
 
-_CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
+CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")  # a compute capability
 _SIDECAR_NAME = re.compile(rf"{FOLDER}/([^/]+)/{re.escape(SIDECAR)}")
 
 
@@ -129,7 +129,7 @@ def compute_capability() -> str | None:
     if driver.cuCtxGetDevice(ctypes.byref(device)) != 0 and driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None
     numbers = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTECAPABILITY_MAJOR and _MINOR
         if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
             return None
         numbers.append(value.value)
@@ -166,7 +166,7 @@ class EngineSet:
         _require(re.fullmatch(r"[0-9a-f]{8,64}", self.recipe), "recipe", self.recipe)
         _require(1 <= len(self.compute_capabilities) <= 16, "compute_capabilities", self.compute_capabilities)
         for capability in self.compute_capabilities:
-            _require(_CAPABILITY.fullmatch(capability), "compute_capabilities", capability)
+            _require(CAPABILITY.fullmatch(capability), "compute_capabilities", capability)
         _require(1 <= len(self.graphs) <= 64, "graphs", tuple(self.graphs)[:3])
         for name, graph in self.graphs.items():
             _require(re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name), "graphs", name)

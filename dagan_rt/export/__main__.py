@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dagan_rt.cli import guarded
 from dagan_rt.errors import InputError
 from dagan_rt.export.plan import BUDGETS, OPSETS, TARGETS, Plan, read_plan
+from dagan_rt.export.tensorrt import PORTABLE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     option(
         "--compute-capability", dest="compute_capabilities", nargs="+", metavar="CC",
-        help="GPUs that tensorrt-rtx engines are built for, as 8.9 (default: this machine's, or 8.6 8.9 12.0)",
+        help=f"GPUs that tensorrt-rtx engines are built for, as 8.9 (default: this machine's, or {' '.join(PORTABLE)})",
     )  # fmt: skip
     option(
         "--strip-weights", action="store_true",

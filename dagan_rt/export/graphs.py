@@ -36,7 +36,7 @@ def write_graphs(
     """Write every graph in every candidate precision to `folder`, under the names of `file_name`."""
     from dagan_rt.export import calibration, onnx, passes, precision
 
-    samples = None
+    samples: dict[str, list[calibration.Arrays]] = {}
     if plan.calibrate:
         report("calibration")
         samples = calibration.record(model, declared, plan.calibrate)
@@ -49,8 +49,7 @@ def write_graphs(
             rewritten = subnetwork.name in REWRITTEN and not plan.flavours
             if candidate == "fp32" and rewritten:
                 passes.transpose_upsampling(graph)
-            inputs = samples[subnetwork.name] if candidate == "int8" and samples is not None else None
-            graph = precision.lower(graph, candidate, subnetwork.trunks, inputs)
+            graph = precision.lower(graph, candidate, subnetwork.trunks, samples.get(subnetwork.name))
             if candidate != "fp16" and rewritten:
                 passes.block_narrow_convolutions(graph)
             onnx.save(graph, folder / file_name(subnetwork.name, candidate))

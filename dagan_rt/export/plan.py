@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 from dagan_rt._assets import asset
 from dagan_rt.bundle import BatchProfile
+from dagan_rt.engines import CAPABILITY, FLAVOURS
 from dagan_rt.errors import InputError
 from dagan_rt.tables import fill, parse, read_text
 
-TARGETS = ("onnx", "tensorrt", "tensorrt-rtx")
+TARGETS = ("onnx", *FLAVOURS)
 OPSETS = range(17, 21)  # GridSample came with 16; the tracer's limit is 20
-#: Least PSNR in dB of reenacted frames against fp32 PyTorch; fp32 is held to the last 8-bit level instead.
+#: Least PSNR in dB of reenacted frames against fp32 PyTorch; fp32 is held to `verify.EXACT_FRAMES` instead.
 BUDGETS = {"fp32": 0.0, "fp16": 45.0, "int8": 35.0, "auto": 40.0}
 
 
@@ -55,7 +55,7 @@ class Plan:
         if self.calibrate and self.precision not in ("int8", "auto"):
             raise InputError(f"calibrate is for int8 and auto, got it with the precision {self.precision}")
         for capability in self.compute_capabilities:
-            if not re.fullmatch(r"[1-9][0-9]?\.[0-9]", capability):
+            if not CAPABILITY.fullmatch(capability):
                 raise InputError(f"a compute capability must be a number such as 8.9, got {capability!r}")
         for name in ("compute_capabilities", "strip_weights"):
             if getattr(self, name) and not self.flavours:
