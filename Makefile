@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train-demo test test-slow test-gpu lint types dist clean distclean
+.PHONY: help install demo train-demo test test-slow test-gpu lint types kernels dist clean distclean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -61,12 +61,15 @@ lint: $(INSTALLED)  ## ruff
 types: $(INSTALLED)  ## mypy
 	$(RUN) -m mypy
 
+kernels: $(INSTALLED)  ## compile the CUDA kernels with nvcc to kernels/fatbin/, which `make dist` then ships
+	$(RUN) -m dagan_rt.kernels build
+
 dist: $(INSTALLED)  ## build the wheel and the source distribution into dist/
 	rm -rf build dist dagan_rt.egg-info
 	$(RUN) -m build --no-isolation
 
 clean:  ## delete what builds, tests and checks leave behind (not .venv, not out/)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist kernels/fatbin .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## clean, and delete .venv

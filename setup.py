@@ -23,14 +23,21 @@ def version() -> str:
 # Two or more extras ask for these: one line each, so that they cannot drift apart.
 TORCH = "torch>=2.6"
 TOMLI = 'tomli>=2; python_version < "3.11"'
-CUPY = "cupy-cuda13x>=13.6"  # device buffers and streams
+CUPY = "cupy-cuda13x>=13.6"  # device buffers and streams, and the way to NVRTC, which compiles the kernels
+# nvcc for `make kernels`, without a CUDA Toolkit: of one series, whose parts fit together.
+NVCC = ["nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-nvvm"]
 # Builds engines without a GPU, so that tests build real ones.
 TENSORRT_RTX = 'tensorrt-rtx-cu13>=1.4; platform_machine == "x86_64" and sys_platform != "darwin"'
+# The Python side of TensorRT alone, which tests the plugins without its libraries.
+BINDINGS = 'tensorrt-cu13-bindings>=10.9; platform_machine == "x86_64" and sys_platform != "darwin"'
 
 # PyAV 19 renamed much of what reading and muxing uses.
 RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=16,<19", "pillow>=10.1", "tqdm>=4.66", TOMLI]
 EXPORT = [TORCH, "onnx>=1.17", "onnxscript>=0.1", "onnxsim>=0.4.36"]
 TRAIN = [TORCH, "matplotlib>=3.8"]
+CUDA = [CUPY, "ml_dtypes>=0.4", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"]
+# Every kernel is compiled in tests, which takes no GPU; for macOS there is no CUDA.
+COMPILE = [f'{package}; sys_platform != "darwin"' for package in (CUPY, *(f"{name}==13.0.*" for name in NVCC))]
 CHECKS = [
     "build>=1.2",
     "hypothesis>=6.100",
@@ -69,9 +76,11 @@ setup(
         "torch": [TORCH],
         "export": EXPORT,
         "train": TRAIN,
+        "cuda": CUDA,
+        "pycuda": ["pycuda>=2025.1"],  # builds from source: needs a compiler and the CUDA Toolkit
         "tensorrt": ["tensorrt-cu13>=10.8", CUPY],
         "tensorrt-rtx": [TENSORRT_RTX, CUPY],
-        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, TENSORRT_RTX}),
+        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX}),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
 )
