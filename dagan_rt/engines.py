@@ -25,6 +25,7 @@ from typing import Any
 
 from dagan_rt.bundle import PRECISIONS, BatchProfile, Bundle
 from dagan_rt.errors import InputError, MissingPackage
+from dagan_rt.plugins import KINDS
 from dagan_rt.tables import fill, read_json
 
 FOLDER, SIDECAR = "engines", "engine.json"
@@ -158,6 +159,7 @@ class EngineSet:
     stripped: bool  # the weights are left out, and taken from the ONNX graphs at load
     seconds: float  # the build took
     graphs: dict[str, BuiltGraph]
+    plugins: str = ""  # the kind of dagan-rt's plugins that they hold; "python": they run only where dagan-rt is
 
     def __post_init__(self) -> None:
         flavour_named(self.flavour)
@@ -165,6 +167,7 @@ class EngineSet:
         _require(re.fullmatch(r"[0-9][0-9A-Za-z.]{0,31}", self.version), "version", self.version)
         _require(re.fullmatch(r"[0-9a-f]{8,64}", self.recipe), "recipe", self.recipe)
         _require(1 <= len(self.compute_capabilities) <= 16, "compute_capabilities", self.compute_capabilities)
+        _require(self.plugins in ("", *KINDS), "plugins", self.plugins)
         for capability in self.compute_capabilities:
             _require(CAPABILITY.fullmatch(capability), "compute_capabilities", capability)
         _require(1 <= len(self.graphs) <= 64, "graphs", tuple(self.graphs)[:3])
@@ -190,6 +193,7 @@ class EngineSet:
                 self.version,
                 "sm" + ".".join(capability.replace(".", "") for capability in self.compute_capabilities),
                 precisions.pop() if len(precisions) == 1 else "mixed",
+                *([f"plugins.{self.plugins}"] if self.plugins else []),
                 "b" + self.batch.replace(":", "."),
                 hashlib.sha256(sources.encode()).hexdigest()[:8],
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dagan_rt import engines
+from dagan_rt import engines, plugins
 from dagan_rt.backends import _device
 from dagan_rt.bundle import Bundle, Graph, Tensor
 from dagan_rt.engines import FLAVOURS, Flavour
@@ -29,9 +29,11 @@ def missing(bundle: Bundle | None = None, flavour: Flavour = FLAVOURS["tensorrt"
         return f"{flavour.name} needs an NVIDIA GPU with its driver, and there is none here"
     if bundle is not None:
         try:
-            _find(bundle, flavour, capability)
+            found = _find(bundle, flavour, capability)
         except InputError as error:
             return str(error)
+        if found.plugins == "python" and (reason := plugins.missing()):
+            return f"the {flavour.name} engines need the kernels of dagan-rt: {reason}"
     return _device.missing()
 
 
@@ -52,6 +54,8 @@ class TensorRTBackend:
         self.name = flavour.name
         self._engines = _find(bundle, flavour, engines.compute_capability())
         self._library = flavour.load()
+        if self._engines.plugins == "python":  # an engine names them, and the library must know them to load it
+            plugins.register(self._library, "python")
         self._arrays = _device.arrays(stream)  # first of all: it makes the CUDA context that the engines load into
         self._graphs = dict(bundle.graphs)
         self._runtime = self._library.Runtime(engines.logger(self._library))

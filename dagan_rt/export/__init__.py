@@ -97,7 +97,7 @@ def check(plan: Plan) -> None:
         what = "--only" if plan.only else target
         raise InputError(f"auto measures whole reenactments in ONNX Runtime: name a precision for {what}")
     for flavour in plan.flavours:
-        tensorrt.check(flavour, plan.compute_capabilities, plan.strip_weights)
+        tensorrt.check(flavour, plan.compute_capabilities, plan.strip_weights, plan.plugins)
     if plan.calibrate and plan.calibrate != calibration.HEADS:
         calibration.find_clips(Path(plan.calibrate))
 

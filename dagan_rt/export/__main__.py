@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--strip-weights", action="store_true",
         help="leave the weights out of engines: smaller, filled from the graphs when loaded (needs a GPU)",
     )  # fmt: skip
+    option(
+        "--plugins", metavar="KIND",
+        help="put the CUDA kernels of dagan-rt into engines: python (dagan-rt must be there when they run) or aot "
+        "(compiled in, for tensorrt 10.9 and Triton, experimental)",
+    )  # fmt: skip
     return parser
 
 
@@ -130,14 +135,14 @@ def _rebuild(arguments: argparse.Namespace, given: Mapping[str, Any]) -> int:
         if getattr(arguments, name):
             option = name.replace("_", "-")
             raise InputError(f"--{option} cannot be used with --rebuild, which takes everything from the bundle")
-    if other := [name for name in given if name not in ("targets", "compute_capabilities")]:
+    if other := [name for name in given if name not in ("targets", "compute_capabilities", "plugins")]:
         option = "no-torch-weights" if other[0] == "torch_weights" else other[0]
         raise InputError(f"--{option} cannot be used with --rebuild: export the checkpoint again")
     from dagan_rt.export.rebuild import rebuild
 
     targets, capabilities = (tuple(given.get(name, ())) for name in ("targets", "compute_capabilities"))
     with _progress(None) as report:
-        bundle, measured = rebuild(arguments.rebuild, targets, capabilities, report)
+        bundle, measured = rebuild(arguments.rebuild, targets, capabilities, given.get("plugins", ""), report)
     print(measured.table())
     print(f"wrote {bundle.path}")
     print("next: " + shlex.join(["dagan-rt", "info", str(bundle.path)]))

@@ -13,6 +13,7 @@ from dagan_rt._assets import asset
 from dagan_rt.bundle import BatchProfile
 from dagan_rt.engines import CAPABILITY, FLAVOURS
 from dagan_rt.errors import InputError
+from dagan_rt.plugins import KINDS
 from dagan_rt.tables import fill, parse, read_text
 
 TARGETS = ("onnx", *FLAVOURS)
@@ -35,6 +36,7 @@ class Plan:
     torch_weights: bool = True  # also store the checkpoint, which the torch backend needs
     compute_capabilities: tuple[str, ...] = ()  # GPUs that engines are built for, as "8.9"; empty: the flavour's choice
     strip_weights: bool = False  # engines without weights, filled from the ONNX graphs beside them when loaded
+    plugins: str = ""  # dagan-rt's kernels in engines, as one of `dagan_rt.plugins.KINDS`; empty: the library's own
 
     def __post_init__(self) -> None:
         self.profile  # noqa: B018 (raises for a wrong batch)
@@ -57,7 +59,11 @@ class Plan:
         for capability in self.compute_capabilities:
             if not CAPABILITY.fullmatch(capability):
                 raise InputError(f"a compute capability must be a number such as 8.9, got {capability!r}")
-        for name in ("compute_capabilities", "strip_weights"):
+        if self.plugins not in ("", *KINDS):
+            raise InputError(f"plugins must be one of {', '.join(KINDS)}, got {self.plugins!r}")
+        if self.plugins == "aot" and "tensorrt-rtx" in self.flavours:
+            raise InputError("plugins of the kind aot are for tensorrt alone: name python for tensorrt-rtx")
+        for name in ("compute_capabilities", "strip_weights", "plugins"):
             if getattr(self, name) and not self.flavours:
                 raise InputError(f"{name} is for engines: name the target tensorrt or tensorrt-rtx too")
 

@@ -41,6 +41,7 @@ def build_engines(folder: Path, plan: Plan, manifest: Mapping[str, Any], report:
             recipe_hash=plan.digest,
             compute_capabilities=plan.compute_capabilities,
             stripped=plan.strip_weights,
+            plugins=plan.plugins,
             report=building,
         )
         built.append((engines, summaries))
@@ -51,18 +52,21 @@ def rebuild(
     path: str | Path,
     targets: tuple[str, ...] = (),
     compute_capabilities: tuple[str, ...] = (),
+    plugins: str = "",
     report: Step = lambda step: None,
 ) -> tuple[Bundle, Report]:
     """Build engines afresh into the bundle at `path`, from its graphs; it stays as it is until all are there.
 
     targets: kinds of engines; empty takes those it has. compute_capabilities: as "8.9"; empty takes the flavour's
-    choice. Engines of the same flavour for the same GPUs are replaced, others kept. Where the bundle holds its weights
-    and PyTorch is installed, everything is measured again. Raises InputError if an engine cannot be built.
+    choice. plugins: a kind of `dagan_rt.plugins`; empty takes that of the engines it has, or of its plan. Engines of
+    the same flavour for the same GPUs are replaced, others kept. Where the bundle holds its weights and PyTorch is
+    installed, everything is measured again. Raises InputError if an engine cannot be built.
     """
     bundle = Bundle.open(path)
     plan = exported_plan(bundle)
     targets = targets or tuple(dict.fromkeys(engines.flavour for engines in engine_sets(bundle)))
-    plan = replace(plan, targets=targets, compute_capabilities=compute_capabilities)
+    plugins = plugins or next((engines.plugins for engines in engine_sets(bundle) if engines.plugins), plan.plugins)
+    plan = replace(plan, targets=targets, compute_capabilities=compute_capabilities, plugins=plugins)
     if not plan.flavours:
         raise InputError(f"bundle {bundle.path} holds no engines to rebuild: name a kind with --target")
     with staged(bundle.path, force=True) as folder:

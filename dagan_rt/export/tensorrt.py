@@ -33,9 +33,11 @@ from dagan_rt.engines import (
     flavour_named,
     logger,
 )
-from dagan_rt.errors import InputError
+from dagan_rt.errors import InputError, require
 from dagan_rt.export.subnetworks import BATCH
 from dagan_rt.files import AtomicFile
+from dagan_rt.plugins import check as check_plugins
+from dagan_rt.plugins import register
 
 #: What TensorRT-RTX builds for where there is no GPU: GeForce RTX 30 (Ampere), 40 (Ada) and 50 (Blackwell).
 PORTABLE = ("8.6", "8.9", "12.0")
@@ -71,6 +73,7 @@ def build_engines(
     recipe_hash: str,
     compute_capabilities: Sequence[str] = (),
     stripped: bool = False,
+    plugins: str = "",
     timing_cache: Path | None = None,
     report: Callable[[str], None] = lambda step: None,
 ) -> tuple[EngineSet, dict[str, Summary]]:
@@ -79,6 +82,7 @@ def build_engines(
     flavour: tensorrt or tensorrt-rtx. precisions: by graph, those the ONNX graphs were lowered to.
     recipe_hash: of how the graphs were made, hexadecimal. compute_capabilities: as "8.9"; empty takes the present
     GPU, or `PORTABLE` where there is none. stripped: leave the weights out, the ONNX graphs beside hold them.
+    plugins: a kind of `dagan_rt.plugins`, to build from the graphs cut at the kernels; empty builds them as they are.
     timing_cache: a file for tensorrt to keep measurements in, by default in the user's cache folder.
     report: called with each graph's name as its build begins.
 
@@ -89,8 +93,11 @@ def build_engines(
     here = compute_capability()
     targets = _targets(library, flavour, tuple(compute_capabilities), here)
     _check_options(flavour, targets, precisions, stripped, here)
+    _check_plugins(library, plugins, stripped)
+    if plugins:
+        register(library, plugins)
     cache = timing_cache or _user_cache() / f"tensorrt-{library.__version__}-sm{targets[0].replace('.', '')}.timing"
-    settings = _Settings(batch, targets, stripped, cache, inspect=here is not None)
+    settings = _Settings(batch, targets, stripped, bool(plugins), cache, inspect=here is not None)
     begun = time.perf_counter()
     with _partial(folder / FOLDER) as partial:
         summaries, built = {}, {}
@@ -102,7 +109,9 @@ def build_engines(
             built[name] = BuiltGraph(precisions[name], digest(path)["sha256"], summary.bytes, summary.layers)
             summaries[name] = summary
         seconds = round(time.perf_counter() - begun, 3)
-        engines = EngineSet(flavour, library.__version__, targets, str(batch), recipe_hash, stripped, seconds, built)
+        engines = EngineSet(
+            flavour, library.__version__, targets, str(batch), recipe_hash, stripped, seconds, built, plugins
+        )
         (partial / SIDECAR).write_text(json.dumps(engines.to_dict(), indent=1) + "\n", encoding="utf-8")
         final = folder / FOLDER / engines.key
         if final.exists():  # an earlier build of the same
@@ -111,11 +120,12 @@ def build_engines(
     return engines, summaries
 
 
-def check(flavour: str, compute_capabilities: Sequence[str] = (), stripped: bool = False) -> None:
-    """Raise InputError if the library is missing, or cannot build for these GPUs on this machine."""
+def check(flavour: str, compute_capabilities: Sequence[str] = (), stripped: bool = False, plugins: str = "") -> None:
+    """Raise InputError if the library is missing, or cannot build for these GPUs or such plugins on this machine."""
     library, here = flavour_named(flavour).load(), compute_capability()
     targets = _targets(library, flavour, tuple(compute_capabilities), here)
     _check_options(flavour, targets, {}, stripped, here)
+    _check_plugins(library, plugins, stripped)
 
 
 def supported(library: ModuleType) -> tuple[str, ...]:
@@ -160,6 +170,13 @@ def _check_options(
         raise InputError("tensorrt-rtx strips weights only where there is a GPU, and there is none here")
 
 
+def _check_plugins(library: ModuleType, plugins: str, stripped: bool) -> None:
+    if plugins and stripped:
+        raise InputError("engines with plugins cannot be stripped: weights are filled in from graphs without plugins")
+    if plugins:
+        check_plugins(library, plugins)
+
+
 @dataclass(frozen=True)
 class _Settings:
     """What the builds of one set have in common."""
@@ -167,6 +184,7 @@ class _Settings:
     batch: BatchProfile
     targets: tuple[str, ...]  # compute capabilities
     stripped: bool
+    plugins: bool
     timing_cache: Path
     inspect: bool
 
@@ -202,7 +220,8 @@ class _Build:
     def _parse(self, path: Path) -> None:
         # The parser keeps no reference to its network: `self` does.
         parser = self.library.OnnxParser(self.network, logger(self.library))
-        if parser.parse_from_file(str(path)):
+        parsed = parser.parse(_cut(path)) if self.settings.plugins else parser.parse_from_file(str(path))
+        if parsed:
             return
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         reason = complaint(self.library)
@@ -284,6 +303,16 @@ class _Build:
         text = loaded.create_engine_inspector().get_engine_information(library.LayerInformationFormat.JSON)
         layers = json.loads(text).get("Layers", [])
         return tuple(layer["Name"] if isinstance(layer, dict) else str(layer) for layer in layers), ""
+
+
+def _cut(path: Path) -> bytes:
+    """A graph cut at the kernels."""
+    from dagan_rt.export import plugin_nodes
+
+    model = require("onnx", extra="export", why="building engines with plugins").load(str(path))
+    plugin_nodes.insert(model)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _tensor(tensor: Any) -> Tensor:
