@@ -19,7 +19,7 @@ UNITS = (AROUND, SIMT, *MMA.values())
 
 # As in backward_mma.cu, backward_simt.cu and backward.cu.
 MMA_ROWS, MMA_COLUMNS, SIMT_ROWS, SIMT_COLUMNS, THREADS = 64, 32, 64, 128, 128
-SIMT_SHARED = 4 * (16 * (SIMT_ROWS + 4) + 16 * (SIMT_COLUMNS + 4) + SIMT_COLUMNS * (SIMT_ROWS + 4))
+SIMT_SHARED = 4 * (8 * (SIMT_ROWS + 4) + 8 * (SIMT_COLUMNS + 4) + SIMT_COLUMNS * (SIMT_ROWS + 4))
 DELTA_PIXELS, SUM_PIXELS, SUM_CHANNELS = 32, 32, 32
 
 

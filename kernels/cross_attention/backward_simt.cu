@@ -12,7 +12,7 @@
 // sum over the splits of the columns.
 #include "ptx.cuh"
 
-constexpr int ROWS = 64, COLUMNS = 128, CHUNK = 16, THREADS = 128;
+constexpr int ROWS = 64, COLUMNS = 128, CHUNK = 8, THREADS = 128;
 constexpr int ROW_PITCH = ROWS + 4, COLUMN_PITCH = COLUMNS + 4;
 enum class Result { VALUE, KEY, QUERY };
 

@@ -122,7 +122,7 @@ def check(case, gradients):
         )
 
 
-# Tiles are of 64 rows, 32 (tensor cores) or 128 columns, slabs of 32 or 128 channels, chunks of 16.
+# Tiles are of 64 rows, 32 (tensor cores) or 128 columns, slabs of 32 or 128 channels, chunks of 8 or 16.
 SHAPES = {
     "one": dict(B=1, D=1, C=1, N=1, M=1),
     "odd": dict(B=3, D=5, C=7, N=33, M=65),
