@@ -19,7 +19,8 @@ def provenance(device: str, digest: str, commit: str) -> dict[str, str]:
     """Names and versions; `commit` is what the caller knows the checkout as."""
     known = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python -m dagan_rt.benchmarking " + " ".join(sys.argv[1:]),
+        # Files by their names: the folders of one machine tell nobody else anything.
+        "command": " ".join(["python -m dagan_rt.benchmarking", *(it.rsplit("/", 1)[-1] for it in sys.argv[1:])]),
         "commit": commit or "not stated",
         "suite digest": digest,
         "dagan-rt": __version__,

@@ -90,8 +90,10 @@ __device__ __forceinline__ void attend(const T* query, const T* key, const T* va
                                    M - first_key, NHWC ? C : M);
       }
       __syncthreads();
-      float part[2][2] = {};  // of these features: two short sums round less than a long one
-#pragma unroll 1
+      // Where features take several goes, each has a sum of its own: short sums round less than a long one.
+      float part[2][2] = {};
+      float (&sum)[2][2] = HEAD == 64 ? part : p;
+#pragma unroll 2
       for (int d = 0; d < HEAD; d += 4) {
         float4 q[2], k[2];
 #pragma unroll
@@ -100,10 +102,12 @@ __device__ __forceinline__ void attend(const T* query, const T* key, const T* va
           k[i] = *(const float4*)(key_tile + (lane % 8 + 8 * i) * PITCH<HEAD> + d);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) part[i / 2][i % 2] = dot(q[i / 2], k[i % 2], part[i / 2][i % 2]);
+        for (int i = 0; i < 4; i++) sum[i / 2][i % 2] = dot(q[i / 2], k[i % 2], sum[i / 2][i % 2]);
       }
+      if constexpr (HEAD == 64) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) p[i / 2][i % 2] += part[i / 2][i % 2];
+        for (int i = 0; i < 4; i++) p[i / 2][i % 2] += part[i / 2][i % 2];
+      }
     }
 
     float scale[2];
