@@ -9,7 +9,7 @@
 //   other units                          P(j+1) = exp2(S(j+1) - maximum)
 //
 // With few queries, 2, 4 or 8 neighbouring blocks share them, each with its part of the keys. Each leaves its own mean of
-// the values and its log-sum-exp in a workspace, waits until all have, and blends its share of the channels: one launch.
+// the values, maximum and sum in a workspace, waits until all have, and blends its share of the channels: one launch.
 // Blocks start in the order of their numbers and there are no more than multiprocessors, so none waits for a block that
 // could not start. (A cooperative launch would promise it, but took 70 µs longer inside a CUDA graph.)
 #include "hopper.cuh"

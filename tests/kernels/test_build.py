@@ -35,8 +35,14 @@ from dagan_rt.kernels._devices import Array, Launch, Unit
 IMAGE = Unit("image", "image")
 #: Compiled and checked at every run (minutes each); the others where slow tests run.
 EVERY_RUN: tuple[int, ...] = ()
-#: Kernels that may spill, and why: none of them is hot.
-MAY_SPILL: dict[str, str] = {}
+#: Kernels that may spill, as architecture, unit and name, and why. They use all 255 registers, so that every change of
+#: the source or the compiler moves a few bytes.
+MAY_SPILL = {
+    r"sm_75 \S*forward_mma-HEAD32-CHANNELS256-KEYS64 .*": "not launched there: shared memory asks for 32 keys",
+    r"sm_120 \S*forward_mma-HEAD32-CHANNELS256-KEYS64 .*": "not launched there: shared memory asks for 32 keys",
+    r"sm_120 \S*forward_mma-HEAD32-CHANNELS256-KEYS32 \w+_nchw": "12 bytes; channels-last has none",
+    r"sm_1[02]0 \S*backward_mma-\S*WIDE256 backward_keys_\w+_nchw": "16 to 64 bytes; channels-last has none",
+}
 
 
 # ---- every kernel on every architecture ----
@@ -82,7 +88,8 @@ def test_every_kernel_fits_every_architecture(number: int, resources: Any):
         assert found, f"{_build.title(unit)} holds no kernel for {target}"
         for kernel in found:
             where = f"{kernel.kernel} of {_build.title(unit)} on {target}: {kernel}"
-            if kernel.spills and not any(re.fullmatch(it, f"{target} {kernel.kernel}") for it in MAY_SPILL):
+            named = f"{target} {_build.title(unit)} {kernel.kernel}"
+            if kernel.spills and not any(re.fullmatch(it, named) for it in MAY_SPILL):
                 spilling.append(where)
             assert kernel.registers * kernel.threads <= _build.REGISTERS, where
             assert kernel.threads <= _build.THREADS, where

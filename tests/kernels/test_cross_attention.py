@@ -144,6 +144,18 @@ def test_shares_of_the_keys_are_joined_whichever_comes_last(kernel: str, dtype: 
     assert all(torch.equal(out, outs[1]) for out in outs[2:])
 
 
+@each_layout
+@each_kernel
+def test_tiles_are_not_overwritten_while_they_are_read(kernel: str, dtype: torch.dtype, layout: str) -> None:
+    arrays = draw((1, 32, channels(kernel), (8, 17), (40, 24)), dtype, layout)  # 15 tiles of wgmma's, thrice its ring
+    outs = []
+    for seed in range(4):
+        with emulation(EmulatedDevice(multiprocessors=1, seed=seed)):
+            outs.append(attend(*arrays, kernel=kernel))
+    check(outs[0], *arrays)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
 def test_keys_are_shared_where_there_are_few_queries() -> None:
     with recording(multiprocessors=132) as device:
         arrays = draw((1, 32, 256, (64, 64), (64, 64)), torch.float16)

@@ -42,11 +42,6 @@ template <int PENDING> inline void wgmma_wait(emulated::Place place = emulated::
   emulated::products_wait(PENDING, place);
 }
 
-inline void complete_before_wait(float* shared, float value, emulated::Place place = emulated::here()) {
-  emulated::check_shared(shared, 4, "complete_before_wait", place);
-  *shared = value;
-}
-
 template <int SWIZZLE> inline unsigned long long matrix_descriptor(unsigned start, unsigned leading, unsigned stride) {
   static_assert(SWIZZLE == 64 || SWIZZLE == 128);
   unsigned long long layout = SWIZZLE == 128 ? 1 : 2;

@@ -670,13 +670,20 @@ void barrier_set(unsigned long long* barrier, int count, Place place) {
   *barrier = encoded(0, count, count);
 }
 
+// Where a seed decides, others may run here, as they might on a GPU.
+static void step_aside() {
+  if (!launch->seed) return;
+  wake(&current());
+  transfer(*next_thread());
+}
+
 void barrier_count(unsigned long long* barrier, Place place) {
   check_barrier(barrier, "barrier_arrive", place);
   unsigned phase = *barrier >> 40 & 1, expected = *barrier >> 20 & 0xfffff, pending = (*barrier & 0xfffff) - 1;
   gives(barrier);
   if (pending) {
     *barrier = encoded(phase, expected, pending);
-    return;
+    return step_aside();
   }
   *barrier = encoded(phase + 1, expected, expected);
   for (size_t i = 0; i < sleepers.size();) {
@@ -688,6 +695,7 @@ void barrier_count(unsigned long long* barrier, Place place) {
       i++;
     }
   }
+  step_aside();
 }
 
 void barrier_await(unsigned long long* barrier, unsigned parity, Place place) {
