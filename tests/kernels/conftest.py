@@ -28,3 +28,15 @@ def emulated() -> Iterator[Any]:
 
     with emulation(EmulatedDevice()) as device:
         yield device
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are made: for "cpu" the kernels are emulated."""
+    from emulated import EmulatedDevice, emulation
+
+    if request.param == "cuda":
+        yield "cuda"
+    else:
+        with emulation(EmulatedDevice()):
+            yield "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("nchw", "nhwc")
 # Odd ones; one pixel; less than a thread's share; rows of it; several blocks; a last block that is partly empty.
 SHAPES = [(1, 1, 1), (2, 1, 3), (1, 2, 2), (3, 5, 7), (3, 4, 6), (1, 16, 16), (2, 40, 60), (1, 113, 203)]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where tensors are made: for "cpu" the kernels are emulated."""
-    from emulated import EmulatedDevice, emulation
-
-    if request.param == "cuda":
-        yield "cuda"
-    else:
-        with emulation(EmulatedDevice()):
-            yield "cpu"
 
 
 def picture(*shape: int, device: str = "cpu") -> torch.Tensor:

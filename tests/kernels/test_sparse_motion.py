@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["nchw", "nhwc"]
 # (B, K, h, w): the published networks' own; others; sides that tiles do not divide; the fewest and the most points.
 SHAPES = [(1, 15, 16, 16), (3, 10, 7, 19), (1, 1, 2, 2), (2, 63, 5, 9), (1, 17, 13, 8), (2, 3, 33, 31)]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where tensors are made: for "cpu" the kernel is emulated."""
-    from emulated import EmulatedDevice, emulation
-
-    if request.param == "cuda":
-        yield "cuda"
-    else:
-        with emulation(EmulatedDevice()):
-            yield "cpu"
 
 
 def face(B: int, K: int, h: int, w: int, device: str = "cpu", dtype: Any = torch.float32) -> list[torch.Tensor]:
