@@ -10,13 +10,11 @@ it is tied to the hash of the ONNX graph it came from. Like the manifest, a side
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from dagan_rt.bundle import PRECISIONS, BatchProfile, Bundle
+from dagan_rt.cuda.driver import compute_capability as compute_capability
 from dagan_rt.errors import InputError, MissingPackage
 from dagan_rt.plugins import KINDS
 from dagan_rt.tables import fill, read_json
@@ -112,29 +111,6 @@ def one_line(message: object) -> str:
     """A library's message without line breaks and the places in its own sources, cut to 300 characters."""
     text = re.sub(r"\(?In \w+ at \S+?:\d+\)? ?", "", " ".join(str(message).split()))
     return text[:300].rstrip(". ")
-
-
-def compute_capability() -> str | None:
-    """The compute capability of the current CUDA device, as "8.9"; None without a driver or a GPU.
-
-    Asks the driver itself (cuDeviceGetAttribute), so that no array library is needed.
-    """
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
-    device, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) != 0:
-        return None
-    # The device of the context that an array library may have made current, else the first one.
-    if driver.cuCtxGetDevice(ctypes.byref(device)) != 0 and driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return None
-    numbers = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTECAPABILITY_MAJOR and _MINOR
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
-            return None
-        numbers.append(value.value)
-    return f"{numbers[0]}.{numbers[1]}"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ class MissingPackage(InputError):
     """An optional package is needed and not installed; the message holds the pip line that brings it."""
 
 
+class DeviceLost(RuntimeError):
+    """The GPU is gone: it was reset, fell off the bus, or a kernel broke its context. It takes a new process."""
+
+
 def require(package: str, *, extra: str, why: str) -> ModuleType:
     """Import and return an optional package, or raise `MissingPackage` naming the extra that installs it."""
     try:

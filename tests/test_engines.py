@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 import subprocess
@@ -287,56 +286,6 @@ def test_bindings_without_their_libraries_are_told_from_a_missing_package(
     with pytest.raises(InputError) as caught:
         broken.load()
     assert "cannot be loaded (libnvinfer.so.11: cannot open): run pip install --force-reinstall" in str(caught.value)
-
-
-class Driver:
-    """libcuda with one device, each call of which can be made to fail."""
-
-    def __init__(self, failing: str = "", current: int = 0) -> None:
-        self.failing, self.current = failing, current
-
-    def cuInit(self, flags: int) -> int:
-        return 100 if self.failing == "cuInit" else 0
-
-    def cuCtxGetDevice(self, device: Any) -> int:
-        if self.failing in ("cuCtxGetDevice", "cuDeviceGet"):
-            return 201  # no context
-        device._obj.value = self.current
-        return 0
-
-    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
-        device._obj.value = ordinal
-        return 101 if self.failing == "cuDeviceGet" else 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
-        value._obj.value = {75: (8, 12), 76: (9, 0)}[attribute][device.value]
-        return 1 if self.failing == "cuDeviceGetAttribute" else 0
-
-
-@pytest.mark.parametrize(
-    ("driver", "expected"),
-    [
-        (Driver(), "8.9"),
-        (Driver(current=1), "12.0"),
-        (Driver("cuCtxGetDevice", current=1), "8.9"),
-        (Driver("cuInit"), None),
-        (Driver("cuDeviceGet"), None),
-        (Driver("cuDeviceGetAttribute"), None),
-    ],
-)
-def test_the_driver_is_asked_for_the_compute_capability(
-    monkeypatch: pytest.MonkeyPatch, driver: Driver, expected: str | None
-) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    assert engines.compute_capability() == expected
-
-
-def test_without_a_driver_there_is_no_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> Any:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", absent)
-    assert engines.compute_capability() is None
 
 
 @pytest.mark.gpu

@@ -18,16 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from dagan_rt.backends._device import handle as handle
 from dagan_rt.errors import InputError, MissingPackage, require
 from dagan_rt.kernels import _devices
-from dagan_rt.kernels._devices import Array, CudaDevice, Device
+from dagan_rt.kernels._devices import ITEM_BYTES, TYPESTR, Array, CudaDevice, Device
 
 Shape = tuple[int, ...]
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8", "int32": "i32", "int64": "i64"}
 FLOATS = ("float32", "float16", "bfloat16")
-_TYPESTR = {"<f4": "float32", "<f2": "float16", "|u1": "uint8"}
+_OF_TYPESTR = {typestr: dtype for dtype, typestr in TYPESTR.items()}
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 _emulated: Device | None = None
@@ -56,6 +54,8 @@ def view(array: Any, name: str) -> Array:
     """
     if _is(array, "torch", "Tensor"):
         found = _view_torch(array, name)
+    elif type(array) is Array:
+        found = array
     elif _is(array, "cupy", "ndarray"):
         size, device = array.itemsize, _devices.device(array.device.id)
         strides = tuple([stride // size for stride in array.strides])
@@ -91,7 +91,7 @@ def _view_torch(tensor: Any, name: str) -> Array:
 
 def _view_interface(array: Any, name: str) -> Array:
     interface = array.__cuda_array_interface__
-    dtype = _TYPESTR.get(interface["typestr"])
+    dtype = _OF_TYPESTR.get(interface["typestr"])
     if dtype is None:
         raise _unknown_dtype(name, interface["typestr"])
     shape, pointer = tuple(interface["shape"]), interface["data"][0]
@@ -128,6 +128,18 @@ def current_stream(array: Any) -> int:
         return sys.modules["cupy"].cuda.get_current_stream(array.device.id).ptr
     interface = getattr(array, "__cuda_array_interface__", None) or {}
     return interface.get("stream") or 0
+
+
+def handle(stream: Any) -> int:
+    """The CUDA handle of a stream: an int, or what CuPy, PyTorch, PyCUDA or cuda-python call a stream."""
+    if isinstance(stream, int):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    for attribute in ("ptr", "cuda_stream", "handle"):
+        if isinstance(found := getattr(stream, attribute, None), int):
+            return found
+    raise InputError(f"stream must be a CUDA stream or its handle, got {type(stream).__name__}")
 
 
 def stream_for(array: Any, stream: Any = None) -> int:
@@ -182,7 +194,8 @@ def new(like: Any, shape: Sequence[int], dtype: str | None = None, layout: str =
 
     shape: [B, C, ...] for both layouts; "nhwc" keeps the channels of a pixel together in memory.
     stream: where it is used first, if that is not the library's current stream: its memory is then that stream's, and
-    not handed on too early. A caller with an array of no known library gets one of PyTorch, CuPy or PyCUDA.
+    not handed on too early. A caller with an array of no known library gets one of PyTorch, CuPy or PyCUDA,
+    one with an `Array` another of these.
     """
     shape = tuple(shape)
     strides = _strides(shape, layout)
@@ -194,6 +207,8 @@ def new(like: Any, shape: Sequence[int], dtype: str | None = None, layout: str =
             return like.new_empty_strided(shape, strides, dtype=kind)
     array = view(like, "array")
     assert isinstance(array.device, CudaDevice)
+    if type(like) is Array:
+        return _new_own(array.device, shape, strides, dtype or array.dtype, stream)
     return _MAKERS[_library(like)](array.device, shape, strides, dtype or array.dtype, stream)
 
 
@@ -219,6 +234,13 @@ def _library(like: Any) -> str:
         if library in sys.modules or importlib.util.find_spec(library):
             return library
     raise MissingPackage("new GPU arrays need PyTorch, CuPy or PyCUDA: run pip install 'dagan-rt[cuda]'")
+
+
+def _new_own(device: CudaDevice, shape: Shape, strides: Shape, dtype: str, stream: Any) -> Array:
+    from dagan_rt.cuda.streams import Memory
+
+    memory = Memory(device, math.prod(shape) * ITEM_BYTES[dtype], f"an array {shape}", handle(stream or 0))
+    return Array(memory.pointer, shape, strides, dtype, device, memory)
 
 
 def _new_torch(device: CudaDevice, shape: Shape, strides: Shape, dtype: str, stream: Any) -> Any:
@@ -306,7 +328,7 @@ def _known(dtype: str, name: str) -> str:
 
 
 def _unknown_dtype(name: str, dtype: str) -> InputError:
-    return InputError(f"{name} must be float32, float16, bfloat16 or uint8, got {dtype}")
+    return InputError(f"{name} must be float32, float16, bfloat16 or uint8, got {dtype}")  # integers are slots only
 
 
 def _not_on_gpu(array: Any, name: str) -> InputError:

@@ -30,7 +30,10 @@ from dagan_rt.engines import one_line
 from dagan_rt.errors import InputError, MissingPackage, require
 from dagan_rt.kernels._devices import Unit
 
-OPERATIONS = ("image", "sparse_motion", "dense_flow", "flow_warp", "cross_attention")
+OPERATIONS = (
+    "image", "antialias", "pooling", "normalize", "keypoints", "gather", "sparse_motion", "dense_flow", "flow_warp",
+    "cross_attention", "conv2d",
+)  # fmt: skip
 #: What fat binaries are built for, as the number in sm_75; the newest also as PTX, for GPUs that come later.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 FEATURE_CAPABILITY = (9, 0)  # of units with a feature: they run nowhere else

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import addressof, byref, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_void_p
+from ctypes import addressof, byref, c_char, c_int, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 
+from dagan_rt.cuda import driver as cuda
+from dagan_rt.cuda.driver import CudaError as CudaError
+from dagan_rt.cuda.driver import check
+from dagan_rt.cuda.driver import missing as missing
 from dagan_rt.errors import InputError
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4, "int64": 8}
+# As __cuda_array_interface__ spells them; it knows no bfloat16.
+TYPESTR = {"float32": "<f4", "float16": "<f2", "uint8": "|u1", "int32": "<i4", "int64": "<i8"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Launch:
     args: tuple[Any, ...]  # an Array or None (a null pointer), np.int32, np.int64 or np.float32
     shared: int = 0  # bytes of dynamic shared memory
     waiting: bool = False  # blocks wait for their neighbours: there must not be more of them than multiprocessors
+    early: bool = False  # it may start before the kernel ahead of it has ended, for which it waits by itself
 
 
 class Device(Protocol):
@@ -70,10 +78,26 @@ class Array:
     pointer: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
-    dtype: str  # float32, float16, bfloat16 or uint8
+    dtype: str  # float32, float16, bfloat16, uint8, int32 or int64
     device: Device
     owner: Any  # keeps the memory alive
     stream: int | None = None  # work there may still be writing it; None where the caller sees to that
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """What other libraries see it by; none knows bfloat16 this way."""
+        if self.dtype not in TYPESTR:
+            raise AttributeError(f"an array of {self.dtype} has no __cuda_array_interface__")
+        size, stream = ITEM_BYTES[self.dtype], {} if self.stream is None else {"stream": self.stream}
+        strides = tuple([size * stride for stride in self.strides])
+        found = {"shape": self.shape, "typestr": TYPESTR[self.dtype], "data": (self.pointer, False)}
+        return found | {"strides": strides, "version": 3} | stream
+
+    def rows(self, start: int, count: int) -> Array:
+        """A part of the first axis."""
+        pointer = self.pointer + start * self.strides[0] * ITEM_BYTES[self.dtype]
+        shape = (count, *self.shape[1:])
+        return Array(pointer, shape, self.strides, self.dtype, self.device, self.owner, self.stream)
 
     @property
     def layout(self) -> str | None:
@@ -88,14 +112,6 @@ class Array:
 
     def _has_strides(self, strides: tuple[int, ...]) -> bool:
         return all(n == 1 or a == b for n, a, b in zip(self.shape, self.strides, strides, strict=True))
-
-
-class CudaError(RuntimeError):
-    """The CUDA driver refused something that should have worked."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 # How arguments lie in a kernel's parameter buffer: as in a C struct, which is what struct packs.
@@ -128,40 +144,38 @@ def pack(args: tuple[Any, ...]) -> ctypes.Array[c_char]:
     return buffer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The CUDA driver
+EARLY_CAPABILITY = (9, 0)  # of programmatic dependent launches
 
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-# But of cuCtxGetCurrent and cuLaunchKernel, which every launch calls: converting by prototype takes thrice the time.
-_PROTOTYPES: dict[str, tuple[Any, ...]] = {
-    "cuInit": (c_uint,),
-    "cuGetErrorName": (c_int, c_void_p),
-    "cuGetErrorString": (c_int, c_void_p),
-    "cuDeviceGetCount": (c_void_p,),
-    "cuDeviceGet": (c_void_p, c_int),
-    "cuDeviceGetName": (c_char_p, c_int, c_int),
-    "cuDeviceGetAttribute": (c_void_p, c_int, c_int),
-    "cuDevicePrimaryCtxRetain": (c_void_p, c_int),
-    "cuCtxPushCurrent_v2": (c_void_p,),
-    "cuCtxPopCurrent_v2": (c_void_p,),
-    "cuModuleLoadData": (c_void_p, c_char_p),
-    "cuModuleGetFunction": (c_void_p, c_void_p, c_char_p),
-    "cuFuncSetAttribute": (c_void_p, c_int, c_int),
-    "cuMemAlloc_v2": (c_void_p, c_size_t),
-    "cuMemsetD8Async": (c_void_p, c_ubyte, c_size_t, c_void_p),
-    "cuPointerGetAttribute": (c_void_p, c_int, c_void_p),
-    "cuStreamCreate": (c_void_p, c_uint),
-    "cuStreamSynchronize": (c_void_p,),
-    "cuStreamDestroy_v2": (c_void_p,),
-    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
-    "cuEventCreate": (c_void_p, c_uint),
-    "cuEventRecord": (c_void_p, c_void_p),
-    "cuEventDestroy_v2": (c_void_p,),
-    "cuThreadExchangeStreamCaptureMode": (c_void_p,),
-}
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which one int of the value is used."""
+
+    _fields_ = [("id", c_int), ("padding", c_int), ("value", c_int), ("rest", c_char * 60)]  # noqa: RUF012
+
+
+class _How(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [  # noqa: RUF012
+        ("sizes", c_uint * 7), ("stream", c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", c_uint)
+    ]  # fmt: skip
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_EARLY = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+
+
+def _how(launch: Launch, stream: int) -> _How:
+    """The configuration of an early launch."""
+    sizes = (c_uint * 7)(*launch.grid, *launch.block, launch.shared)
+    return _How(sizes, c_void_p(stream), ctypes.pointer(_EARLY), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPUs
 
 # CUdevice_attribute, CUfunction_attribute, CUpointer_attribute, CUstreamCaptureMode and flags, as in cuda.h.
-_MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED_PER_BLOCK = 16, 75, 76, 97
+_MULTIPROCESSORS, _SHARED_PER_BLOCK = 16, 97
 _MAX_DYNAMIC_SHARED = 8
 _POINTER_CONTEXT, _POINTER_DEVICE = 1, 9
 _CAPTURE_RELAXED = 2
@@ -170,45 +184,9 @@ _STREAM_NON_BLOCKING, _EVENT_DISABLE_TIMING = 1, 2
 _OTHER_GPU = (200, 209, 218, 222)
 
 
-@cache
-def _driver() -> ctypes.CDLL:
-    """The driver's library, initialised; raises InputError where there is none."""
-    try:
-        driver = ctypes.CDLL(LIBRARY)
-    except OSError:
-        raise InputError("there is no NVIDIA driver on this machine (libcuda is not found)") from None
-    for name, types in _PROTOTYPES.items():
-        getattr(driver, name).argtypes = types
-    if status := driver.cuInit(0):
-        raise InputError(f"the NVIDIA driver finds no usable GPU ({_error(driver, status)})")
-    return driver
-
-
-def _error(driver: ctypes.CDLL, status: int) -> str:
-    name, text = c_char_p(), c_char_p()
-    driver.cuGetErrorName(status, byref(name))
-    driver.cuGetErrorString(status, byref(text))
-    return f"{(name.value or b'error').decode()} {status}: {(text.value or b'unknown').decode()}"
-
-
-def _check(status: int, what: str) -> None:
-    if status:
-        raise CudaError(f"{what} failed with {_error(_driver(), status)}", status)
-
-
-def missing() -> str | None:
-    """None, or what keeps kernels from running here."""
-    try:
-        count = c_int()
-        _check(_driver().cuDeviceGetCount(byref(count)), "counting GPUs")
-        return None if count.value else "there is no NVIDIA GPU on this machine"
-    except InputError as error:
-        return str(error)
-
-
 def pointer_device(pointer: int, name: str) -> CudaDevice:
     """The GPU that memory lies on; InputError for memory that is not a GPU's, or not of its primary context."""
-    driver = _driver()
+    driver = cuda.driver()
     index, context = c_int(), c_void_p()
     if driver.cuPointerGetAttribute(byref(index), _POINTER_DEVICE, pointer):
         raise InputError(f"{name} must lie in GPU memory, got the address {pointer:#x}, which the driver does not know")
@@ -227,18 +205,18 @@ class CudaDevice:
     """One NVIDIA GPU, by its number in this process."""
 
     def __init__(self, index: int) -> None:
-        driver = self._driver = _driver()
+        driver = self._driver = cuda.driver()
         self.index, number, context = index, c_int(), c_void_p()
         if driver.cuDeviceGet(byref(number), index):
             raise InputError(f"there is no GPU {index} in this process")
         self._number = number.value
         name = ctypes.create_string_buffer(100)
-        _check(driver.cuDeviceGetName(name, len(name), self._number), "asking the name of a GPU")
+        check(driver.cuDeviceGetName(name, len(name), self._number), "asking the name of a GPU")
         self.name = name.value.decode()
-        self.capability = (self._attribute(_MAJOR), self._attribute(_MINOR))
-        self.multiprocessors = self._attribute(_MULTIPROCESSORS)
-        self.shared_per_block = self._attribute(_SHARED_PER_BLOCK)
-        _check(driver.cuDevicePrimaryCtxRetain(byref(context), self._number), "opening a GPU")
+        self.capability = cuda.capability(self._number)
+        self.multiprocessors = cuda.attribute(self._number, _MULTIPROCESSORS)
+        self.shared_per_block = cuda.attribute(self._number, _SHARED_PER_BLOCK)
+        check(driver.cuDevicePrimaryCtxRetain(byref(context), self._number), "opening a GPU")
         self.context = context.value
         self._lock = threading.RLock()
         self._modules: dict[Unit, c_void_p] = {}
@@ -248,15 +226,10 @@ class CudaDevice:
     def __repr__(self) -> str:
         return f"CudaDevice({self.index})"
 
-    def _attribute(self, attribute: int) -> int:
-        value = c_int()
-        _check(self._driver.cuDeviceGetAttribute(byref(value), attribute, self._number), "asking about a GPU")
-        return value.value
-
     @contextmanager
     def current(self) -> Iterator[None]:
         """In here this device's primary context is the thread's current one, whatever it was."""
-        _check(self._driver.cuCtxPushCurrent_v2(self.context), "entering a GPU's context")
+        check(self._driver.cuCtxPushCurrent_v2(self.context), "entering a GPU's context")
         try:
             yield
         finally:
@@ -272,30 +245,37 @@ class CudaDevice:
         for arg in launch.args:
             if type(arg) is Array and arg.stream is not None and arg.stream != stream:
                 self._wait(stream, arg.stream)
-        arguments = (
-            function.handle, *launch.grid, *launch.block, launch.shared, c_void_p(stream), None, pack(launch.args)
-        )  # fmt: skip
+        extra = pack(launch.args)
+        if launch.early and self.capability >= EARLY_CAPABILITY:
+            start: Any = self._driver.cuLaunchKernelEx
+            how = _how(launch, stream)
+            arguments: tuple[Any, ...] = (byref(how), function.handle, None, extra)
+        else:
+            start = self._driver.cuLaunchKernel
+            arguments = (
+                function.handle, *launch.grid, *launch.block, launch.shared, c_void_p(stream), None, extra
+            )  # fmt: skip
         current = c_void_p()
         self._driver.cuCtxGetCurrent(byref(current))
         if current.value == self.context:
-            status = self._driver.cuLaunchKernel(*arguments)
+            status = start(*arguments)
         else:
             with self.current():
-                status = self._driver.cuLaunchKernel(*arguments)
+                status = start(*arguments)
         if status:
-            _check(status, f"launching {launch.kernel} with a grid of {launch.grid}, a block of {launch.block} and "
+            check(status, f"launching {launch.kernel} with a grid of {launch.grid}, a block of {launch.block} and "
                            f"{launch.shared} bytes of shared memory on {self.name}")  # fmt: skip
 
     def _function(self, launch: Launch) -> _Function:
         """The kernel of a launch, loaded and allowed the dynamic shared memory it asks for."""
         what = f"loading {launch.kernel}"
-        with self._lock, self.current(), _relaxed_capture(self._driver):
+        with self._lock, self.current(), relaxed_capture():
             function = self._functions.get((launch.unit, launch.kernel))
             if function is None:
                 if launch.unit not in self._modules:
                     self._modules[launch.unit] = self._load(launch.unit)
                 handle = c_void_p()
-                _check(
+                check(
                     self._driver.cuModuleGetFunction(byref(handle), self._modules[launch.unit], launch.kernel.encode()),
                     what,
                 )
@@ -306,7 +286,7 @@ class CudaDevice:
                         f"{launch.kernel} needs {launch.shared} bytes of shared memory a block, "
                         f"{self.name} has {self.shared_per_block}"
                     )
-                _check(self._driver.cuFuncSetAttribute(function.handle, _MAX_DYNAMIC_SHARED, launch.shared), what)
+                check(self._driver.cuFuncSetAttribute(function.handle, _MAX_DYNAMIC_SHARED, launch.shared), what)
                 function.shared = launch.shared
             return function
 
@@ -321,19 +301,19 @@ class CudaDevice:
             if status == 0:
                 return module
             if status not in _OTHER_GPU:
-                _check(status, f"loading the fat binary of {unit.source}")
+                check(status, f"loading the fat binary of {unit.source}")
         image = _build.compiled(unit, self.capability)
-        _check(self._driver.cuModuleLoadData(byref(module), image), f"loading {unit.source}")
+        check(self._driver.cuModuleLoadData(byref(module), image), f"loading {unit.source}")
         return module
 
     def _wait(self, stream: int, other: int) -> None:
         """What is enqueued on `stream` from here on runs after what is on `other` now."""
         with self.current():
             event = c_void_p()
-            _check(self._driver.cuEventCreate(byref(event), _EVENT_DISABLE_TIMING), "creating an event")
+            check(self._driver.cuEventCreate(byref(event), _EVENT_DISABLE_TIMING), "creating an event")
             try:
-                _check(self._driver.cuEventRecord(event, other), "recording an event")
-                _check(self._driver.cuStreamWaitEvent(stream, event, 0), "waiting for an event")
+                check(self._driver.cuEventRecord(event, other), "recording an event")
+                check(self._driver.cuStreamWaitEvent(stream, event, 0), "waiting for an event")
             finally:
                 self._driver.cuEventDestroy_v2(event)  # the driver keeps it until it has happened
 
@@ -357,19 +337,46 @@ class CudaDevice:
     def clear(self, pointer: int, nbytes: int, stream: int) -> None:
         """Enqueue the zeroing of memory on a stream."""
         with self.current():
-            _check(self._driver.cuMemsetD8Async(pointer, 0, nbytes, stream), "zeroing memory")
+            check(self._driver.cuMemsetD8Async(pointer, 0, nbytes, stream), "zeroing memory")
 
     def _allocate(self, nbytes: int, zeroed: bool) -> Array:
-        driver, pointer, stream = self._driver, c_void_p(), c_void_p()
-        with self.current(), _relaxed_capture(driver):
-            _check(driver.cuMemAlloc_v2(byref(pointer), nbytes), f"allocating {nbytes} bytes on {self.name}")
+        driver, stream = self._driver, c_void_p()
+        with self.current(), relaxed_capture():
+            pointer = self.reserve(nbytes, "the scratch memory of a kernel")
             if zeroed:  # on a stream of its own, so that a graph being captured does not hold it
-                _check(driver.cuStreamCreate(byref(stream), _STREAM_NON_BLOCKING), "creating a stream")
-                _check(driver.cuMemsetD8Async(pointer, 0, nbytes, stream), "zeroing memory")
-                _check(driver.cuStreamSynchronize(stream), "zeroing memory")
+                check(driver.cuStreamCreate(byref(stream), _STREAM_NON_BLOCKING), "creating a stream")
+                check(driver.cuMemsetD8Async(pointer, 0, nbytes, stream), "zeroing memory")
+                check(driver.cuStreamSynchronize(stream), "zeroing memory")
                 driver.cuStreamDestroy_v2(stream)
+        return Array(pointer, (nbytes,), (1,), "uint8", self, None)
+
+    def reserve(self, nbytes: int, what: str, stream: int | None = None) -> int:
+        """The address of new memory, in order with a stream's work if one is named; `what` it is for.
+
+        Raises InputError if there is not enough.
+        """
+        driver, pointer = self._driver, c_void_p()
+        with self.current():
+            if stream is None:
+                status = driver.cuMemAlloc_v2(byref(pointer), nbytes)
+            else:
+                status = driver.cuMemAllocAsync(byref(pointer), nbytes, stream)
+            if status == cuda.OUT_OF_MEMORY:
+                free, total = self.memory()
+                raise InputError(
+                    f"{what} needs {_megabytes(nbytes)} of GPU memory and {self.name} has {_megabytes(free)} of its "
+                    f"{_megabytes(total)} free: take fewer slots or smaller batches, or end what else uses the GPU"
+                )
+            check(status, f"allocating {nbytes} bytes on {self.name}")
         assert pointer.value is not None
-        return Array(pointer.value, (nbytes,), (1,), "uint8", self, None)
+        return pointer.value
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of its memory that are free, and all."""
+        free, total = c_size_t(), c_size_t()
+        with self.current():
+            check(self._driver.cuMemGetInfo_v2(byref(free), byref(total)), f"asking for the memory of {self.name}")
+        return free.value, total.value
 
 
 @dataclass
@@ -379,9 +386,9 @@ class _Function:
 
 
 @contextmanager
-def _relaxed_capture(driver: ctypes.CDLL) -> Iterator[None]:
+def relaxed_capture() -> Iterator[None]:
     """Lets this thread allocate and load while a stream of it is capturing a CUDA graph."""
-    mode = c_int(_CAPTURE_RELAXED)
+    driver, mode = cuda.driver(), c_int(_CAPTURE_RELAXED)
     driver.cuThreadExchangeStreamCaptureMode(byref(mode))
     try:
         yield
@@ -397,3 +404,7 @@ def device(index: int) -> CudaDevice:
     if index not in _devices:
         _devices.setdefault(index, CudaDevice(index))
     return _devices[index]
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"

@@ -67,7 +67,8 @@ def cross_attention(
     """
     arrays = (query, key, value, residual, gamma)
     if reference:
-        return _reference(*arrays)
+        attended = _reference(*arrays)
+        return attended if out is None else out.copy_(attended)
     if any(getattr(array, "requires_grad", False) for array in arrays) and sys.modules["torch"].is_grad_enabled():
         if out is not None:
             raise InputError("out cannot be given where a gradient is asked for: leave it out, or use torch.no_grad()")
@@ -241,6 +242,7 @@ def _wgmma(problem: _Problem, results: _Results, stream: int) -> Launch:
          results.attended, workspace, arrived, np.int32(problem.N), np.int32(problem.M)),
         WGMMA_SHARED,
         waiting=splits > 1,
+        early=True,
     )  # fmt: skip
 
 

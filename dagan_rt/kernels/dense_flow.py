@@ -76,7 +76,8 @@ def dense_flow(
     args = (logits, hidden, *checked.values(), flow, visible, *map(np.int64, strides), *map(np.int32, (K, h, w)))
     grid, block = (-(-h * w // PIXELS), B, 1), (PIXELS * GROUPS, 1, 1)
     device = together(mask=logits, occlusion=hidden, **checked, flow=flow, visible=visible)
-    launch = Launch(DENSE_FLOW, f"dense_flow_{short(logits.dtype)}_{version}", grid, block, args)
+    kernel = f"dense_flow_{short(logits.dtype)}_{version}"
+    launch = Launch(DENSE_FLOW, kernel, grid, block, args, early=True)
     device.launch(launch, stream_for(mask, stream))
     return out
 

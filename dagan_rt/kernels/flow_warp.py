@@ -48,7 +48,8 @@ def flow_warp(
     Raises InputError if an array is not as said here, or if there is no GPU.
     """
     if reference:
-        return _reference(feature, flow, occlusion, align_corners)
+        warped = _reference(feature, flow, occlusion, align_corners)
+        return warped if out is None else out.copy_(warped)
     if _wants_gradient(feature, flow, occlusion):
         if out is not None:
             raise InputError("out cannot be given where a gradient is asked for: leave it out, or use torch.no_grad()")

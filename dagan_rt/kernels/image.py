@@ -1,4 +1,4 @@
-"""Interleaved uint8 images to planes in [0, 1] for the networks, and back (kernels/image)."""
+"""Interleaved uint8 images to planes or features in [0, 1] for the networks, and back (kernels/image)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dagan_rt.errors import InputError
 from dagan_rt.kernels import _gradients
 from dagan_rt.kernels._arrays import FLOATS, expect, new, short, stream_for, together, view
 from dagan_rt.kernels._devices import Array, Launch, Unit
+from dagan_rt.kernels._pixels import MOST_BLOCKS, pixel_stride
 
 IMAGE = Unit("image", "image")
 UNITS = (IMAGE,)
@@ -48,6 +49,42 @@ def image_to_planes(
     planes = view(out, "out")
     expect("out", planes, (B, 3, H, W), FLOATS, axes="B 3 H W")
     _launch("image_to_planes", source, planes, (source, planes), stream_for(image, stream))
+    return out
+
+
+def image_to_features(
+    image: Any, *, dtype: str = "float16", out: Any = None, stream: Any = None, reference: bool = False
+) -> Any:
+    """uint8 images as a first convolution takes them: [B, 8, H, W], channels-last: red, green, blue, 1, 0, 0, 0, 0.
+
+    Colours are value / 255. The 1 lets a convolution's zero padding tell inside from outside, so that a normalisation
+    of the input folds into its weights; 8 channels are one vector of 16 bytes.
+
+    image: [B, H, W, 3] uint8 in [0, 255], of any strides; B up to 65,535.
+    dtype: float32, float16 or bfloat16. out: the array to write to, channels-last or a slice of 8 channels of such,
+    aligned to 16 bytes; dtype then is its own. stream: where to run, else the current one. reference: run the PyTorch
+    twin, on tensors of any device.
+
+    Raises InputError if an array is not as said here, or if there is no GPU.
+    """
+    if dtype not in FLOATS:
+        raise InputError(f"dtype must be {', '.join(FLOATS[:-1])} or {FLOATS[-1]}, got {dtype!r}")
+    if reference:
+        return _features_reference(image, dtype, out)
+    source = view(image, "image")
+    expect("image", source, (None, None, None, 3), "uint8", axes="B H W 3")
+    B, H, W, _ = source.shape
+    if B > MOST_BLOCKS or H * W >= 2**30:
+        raise InputError(f"image may have B up to {MOST_BLOCKS} and H * W below 2^30, got {source.shape}")
+    if out is None:
+        out = new(image, (B, 8, H, W), dtype, "nhwc", stream)
+    features = view(out, "out")
+    expect("out", features, (B, 8, H, W), FLOATS, axes="B 8 H W")
+    stride = pixel_stride("out", features)
+    args = (source, *map(np.int64, source.strides), features, np.int64(stride), np.int32(H * W), np.int32(W))
+    kernel, grid = f"image_to_features_{short(features.dtype)}", (-(-H * W // THREADS), B, 1)
+    device = together(image=source, out=features)
+    device.launch(Launch(IMAGE, kernel, grid, (THREADS, 1, 1), args, early=True), stream_for(image, stream))
     return out
 
 
@@ -110,6 +147,16 @@ def _planes_reference(image: Any, dtype: str, layout: str, out: Any) -> Any:
     if out is not None:
         return out.copy_(planes)
     return planes.contiguous(memory_format=torch.contiguous_format if layout == "nchw" else torch.channels_last)
+
+
+def _features_reference(image: Any, dtype: str, out: Any) -> Any:
+    import torch
+    import torch.nn.functional as F
+
+    colours = _planes_reference(image, dtype if out is None else "float32", "nchw", None)
+    features = torch.cat([colours, torch.ones_like(colours[:, :1])], dim=1)
+    features = F.pad(features, (0, 0, 0, 0, 0, 4))
+    return features.contiguous(memory_format=torch.channels_last) if out is None else out.copy_(features)
 
 
 def _image_reference(planes: Any, sigmoid: bool, out: Any) -> Any:

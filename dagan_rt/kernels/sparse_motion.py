@@ -87,7 +87,7 @@ def sparse_motion(
     args = (image, *points.values(), stacked, *strides, np.int32(motions - 1), np.int32(h), np.int32(w))
     kernel = f"sparse_motion_{short(image.dtype)}_{version}"
     device = together(thumbnail=image, **points, out=stacked)
-    device.launch(Launch(SPARSE_MOTION, kernel, grid, block, args), stream_for(thumbnail, stream))
+    device.launch(Launch(SPARSE_MOTION, kernel, grid, block, args, early=True), stream_for(thumbnail, stream))
     return out
 
 

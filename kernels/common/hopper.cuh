@@ -21,6 +21,42 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, unsigned parity) 
       "r"(parity)
       : "memory");
 }
+// The same barrier of the cluster's block `rank`.
+__device__ __forceinline__ void barrier_arrive_at(unsigned rank, Barrier* barrier) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// Arrives, and has the phase wait for so many bytes of bulk copies too.
+__device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Makes this thread's barrier_init visible to copies and, after the next cluster_sync, to the cluster.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Copies `bytes` (a multiple of 16, as both addresses) to the same place in the RANKS blocks of the cluster, and tells
+// the same barrier of each. The copy belongs to the async proxy: what it overwrites must be read by wgmma alone, or
+// before a fence and a barrier.
+template <int RANKS>
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes, Barrier* barrier) {
+  if constexpr (RANKS == 1) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(barrier)), "h"((unsigned short)((1 << RANKS) - 1))
+        : "memory");
+  }
+}
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads of the block, whole warps.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -136,5 +172,58 @@ __device__ __forceinline__ void wgmma_64x256x16(float (&d)[128], const unsigned 
     WGMMA_64x256x16("bf16");
   } else {
     WGMMA_64x256x16("f16");
+  }
+}
+
+// ---- the same with a in shared memory too, K-major like b: rows of 16 k, described by a descriptor of its own ----
+// wgmma_shared<T>(d, a, b): d[64 × N] += a b, N twice the number of registers in d: 64, 128 or 256.
+#define D_8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define D_32(i) D_8(i), D_8(i + 8), D_8(i + 16), D_8(i + 24)
+#define NAMES_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_128 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_SHARED(N, TYPE, NAMES, A, B, ONE, ...)                                                    \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ONE ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE \
+               " {" NAMES "}, " A ", " B ", p, 1, 1, 0, 0;}"                                             \
+               : __VA_ARGS__                                                                             \
+               : "l"(a), "l"(b), "n"(1))
+template <class T>
+__device__ __forceinline__ void wgmma_shared(float (&d)[32], unsigned long long a, unsigned long long b) {
+  if constexpr (is_bf16<T>) {
+    WGMMA_SHARED("64", "bf16", NAMES_32, "%32", "%33", "%34", D_32(0));
+  } else {
+    WGMMA_SHARED("64", "f16", NAMES_32, "%32", "%33", "%34", D_32(0));
+  }
+}
+template <class T>
+__device__ __forceinline__ void wgmma_shared(float (&d)[64], unsigned long long a, unsigned long long b) {
+  if constexpr (is_bf16<T>) {
+    WGMMA_SHARED("128", "bf16", NAMES_64, "%64", "%65", "%66", D_32(0), D_32(32));
+  } else {
+    WGMMA_SHARED("128", "f16", NAMES_64, "%64", "%65", "%66", D_32(0), D_32(32));
+  }
+}
+template <class T>
+__device__ __forceinline__ void wgmma_shared(float (&d)[128], unsigned long long a, unsigned long long b) {
+  if constexpr (is_bf16<T>) {
+    WGMMA_SHARED("256", "bf16", NAMES_128, "%128", "%129", "%130", D_32(0), D_32(32), D_32(64), D_32(96));
+  } else {
+    WGMMA_SHARED("256", "f16", NAMES_128, "%128", "%129", "%130", D_32(0), D_32(32), D_32(64), D_32(96));
   }
 }

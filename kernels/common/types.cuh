@@ -58,3 +58,18 @@ template <class T> __device__ __forceinline__ float low_half(unsigned packed) {
 template <class T> __device__ __forceinline__ float high_half(unsigned packed) {
   return to_float(T{(unsigned short)(packed >> 16)});
 }
+
+// A launch may begin before the kernel ahead of it on the stream has ended (Launch.early): nothing that kernel wrote is
+// there, and nothing it reads may be written, before `wait_for_earlier` returns. Loads must not be of `__restrict__`
+// constants, which the compiler would move ahead of it. `start_later` lets the next kernel begin; without it that
+// begins when this one ends. Neither does anything where the launch is an ordinary one.
+__device__ __forceinline__ void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void start_later() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -502,6 +502,7 @@ __device__ __forceinline__ void attend(const T* query, const T* key, const T* va
            T* workspace,       /* [B, ⌈N / 128⌉, splits, 128 × 256], then float2 [B, ⌈N / 128⌉, splits, 128] */ \
            unsigned* tickets,  /* [B, ⌈N / 128⌉], zero before and after; both null where splits is 1 */       \
            int N, int M) {                                                                                     \
+    wait_for_earlier();                                                                                          \
     attend<T, NHWC>(query, key, value, residual, gamma, out, log_sum_exp, attended, workspace, tickets, N, M);    \
   }
 

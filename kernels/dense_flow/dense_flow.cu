@@ -97,6 +97,8 @@ __device__ __forceinline__ void dense_flow(const T* __restrict__ mask,       // 
       const float* driving_value, const float* driving_jacobian, float* flow, float* visible, long long mask_b,  \
       long long mask_c, long long mask_y, long long mask_x, long long occlusion_b, long long occlusion_y,  \
       long long occlusion_x, int K, int h, int w) {  \
+    wait_for_earlier();  \
+    start_later();  \
     dense_flow<T, CHANNELS_CLOSE>(mask, occlusion, source_value, source_jacobian, driving_value, driving_jacobian,  \
                                   flow, visible, mask_b, mask_c, mask_y, mask_x, occlusion_b, occlusion_y,  \
                                   occlusion_x, K, h, w);  \

@@ -1,24 +1,22 @@
-// Interleaved uint8 images to planes of T in [0, 1], and back. README.md lists the versions.
+// Interleaved uint8 images to planes of T in [0, 1], and back, and to features of 8 channels. README.md lists the
+// versions of the former.
 //   …_nchw  4 (float) or 8 (16 bits) pixels a thread, 16 bytes of each plane; the bytes of a block pass through
 //           shared memory, so that the accesses of a warp are contiguous on both sides
 //   …_nhwc  both sides have one order: 16 bytes of T a thread
 //   …_any   one pixel a thread, whatever the strides and the alignment
 #include "types.cuh"
+#include "vectors.cuh"
 
 constexpr int THREADS = 256;
-template <class T> constexpr int VALUES = 16 / sizeof(T);   // a thread moves 16 bytes of T at once
-template <class T> constexpr int BYTES = VALUES<T> / 4;      // words that as many bytes fill, moved at once too
+template <class T> constexpr int BYTES = VALUES<T> / 4;  // words that as many bytes as values fill, moved at once too
 
-// A few words in one instruction, aligned to their size.
+// One or two words in one instruction, aligned to their size.
 template <int COUNT> __device__ __forceinline__ void load(unsigned* words, const void* place) {
   if constexpr (COUNT == 1) {
     words[0] = *(const unsigned*)place;
-  } else if constexpr (COUNT == 2) {
+  } else {
     uint2 pair = *(const uint2*)place;
     words[0] = pair.x, words[1] = pair.y;
-  } else {
-    uint4 four = *(const uint4*)place;
-    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
   }
 }
 template <int COUNT> __device__ __forceinline__ void store(void* place, const unsigned* words) {
@@ -39,34 +37,6 @@ __device__ __forceinline__ float from_level(unsigned level) {
 __device__ __forceinline__ unsigned to_level(float value, int sigmoid) {
   if (sigmoid) value = 1.f / (1.f + expf(-value));
   return (unsigned)__float2int_rn(fminf(fmaxf(value, 0.f), 1.f) * 255.f);
-}
-
-template <class T> __device__ __forceinline__ void store_values(T* place, const float (&value)[VALUES<T>]) {
-  unsigned words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if constexpr (sizeof(T) == 4) {
-      words[i] = __float_as_uint(value[i]);
-    } else {
-      words[i] = pack<T>(value[2 * i], value[2 * i + 1]);
-    }
-  }
-  // The compiler splits a plain store of 16 bytes here.
-  __stcg((uint4*)place, make_uint4(words[0], words[1], words[2], words[3]));
-}
-
-template <class T> __device__ __forceinline__ void load_values(float (&value)[VALUES<T>], const T* place) {
-  unsigned words[4];
-  load<4>(words, place);
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if constexpr (sizeof(T) == 4) {
-      value[i] = __uint_as_float(words[i]);
-    } else {
-      value[2 * i] = low_half<T>(words[i]);
-      value[2 * i + 1] = high_half<T>(words[i]);
-    }
-  }
 }
 
 // Byte n of `words`.
@@ -207,6 +177,29 @@ __device__ __forceinline__ void planes_to_image_any(const T* __restrict__ planes
   }
 }
 
+// A pixel a thread: r, g, b in [0, 1], 1, and four zeros, in one store of 16 bytes where T has 16 bits.
+template <class T>
+__device__ __forceinline__ void image_to_features(const u8* image,  // [B, H, W, 3], of the strides below
+                                                  long long image_b, long long image_y, long long image_x,
+                                                  long long image_c,
+                                                  T* features,  // [B, H, W, 8 of pixel_stride]
+                                                  long long pixel_stride, int pixels, int W) {
+  wait_for_earlier();
+  start_later();
+  int pixel = blockIdx.x * THREADS + threadIdx.x;  // of H·W
+  if (pixel >= pixels) return;
+  image += blockIdx.y * image_b + (pixel / W) * image_y + (pixel % W) * image_x;
+  T* target = features + ((long long)blockIdx.y * pixels + pixel) * pixel_stride;
+  float value[8] = {from_level(image[0]), from_level(image[image_c]), from_level(image[2 * image_c]), 1.f};
+#pragma unroll
+  for (int first = 0; first < 8; first += VALUES<T>) {
+    float part[VALUES<T>];
+#pragma unroll
+    for (int i = 0; i < VALUES<T>; i++) part[i] = value[first + i];
+    store_values(target + first, part);
+  }
+}
+
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
 #define IMAGE_KERNELS(T, NAME)  \
   KERNEL image_to_planes_##NAME##_nchw(const u8* image, T* planes, long long pixels, int blocks) {  \
@@ -233,6 +226,10 @@ __device__ __forceinline__ void planes_to_image_any(const T* __restrict__ planes
                                       int sigmoid) {  \
     planes_to_image_any<T>(planes, planes_b, planes_c, planes_y, planes_x, image, image_b, image_y, image_x, image_c,  \
                            pixels, H, W, sigmoid);  \
+  }  \
+  KERNEL image_to_features_##NAME(const u8* image, long long image_b, long long image_y, long long image_x,  \
+                                  long long image_c, T* features, long long pixel_stride, int pixels, int W) {  \
+    image_to_features<T>(image, image_b, image_y, image_x, image_c, features, pixel_stride, pixels, W);  \
   }
 
 IMAGE_KERNELS(float, f32)

@@ -123,6 +123,8 @@ __device__ __forceinline__ void sparse_motion(const T* __restrict__ thumbnail,  
       const T* thumbnail, const float* source_value, const float* source_jacobian, const float* driving_value,  \
       const float* driving_jacobian, T* stacked, long long stride_b, int stride_c, int stride_y, int stride_x, int K,  \
       int h, int w) {  \
+    wait_for_earlier();  \
+    start_later();  \
     sparse_motion<T, NHWC>(thumbnail, source_value, source_jacobian, driving_value, driving_jacobian, stacked,  \
                            stride_b, stride_c, stride_y, stride_x, K, h, w);  \
   }

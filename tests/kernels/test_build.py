@@ -29,6 +29,7 @@ from dagan_rt._assets import asset
 from dagan_rt.errors import InputError, MissingPackage
 from dagan_rt.kernels import _arrays, _build
 from dagan_rt.kernels.__main__ import main
+from dagan_rt.kernels._arrays import view
 from dagan_rt.kernels._build import Compiled, Resources
 from dagan_rt.kernels._devices import Array, Launch, Unit
 
@@ -144,6 +145,8 @@ def calls() -> Iterator[None]:
                 points = (torch.zeros(B, K, 2), torch.zeros(B, K, 2, 2)) * 2
                 yield kernels.sparse_motion(make(B, 3, H, W), *points)
                 yield kernels.dense_flow(make(B, K + 1, H, W), make(B, 1, H, W), *points)
+                yield kernels.soft_keypoints(make(B, 5 * K, H, W))
+                yield kernels.transfer(*points, *points[:2], torch.zeros(B, 1))
             for B, C, H, W in ((1, 3, 113, 203), (1, 256, 64, 64), (32, 256, 64, 64), (2, 5, 1, 1), (1, 64, 512, 512)):
                 for size in ((H, W), (64, 64)):
                     flow, occlusion = torch.zeros(B, *size, 2), torch.zeros(B, 1, *size)
@@ -160,6 +163,36 @@ def calls() -> Iterator[None]:
             for B, D, C, H, W in ((1, 32, 256, 16, 16), (1, 16, 40, 8, 8), (2, 8, 5, 3, 7), (1, 100, 300, 10, 10)):
                 leaves = [make(B, it, H, W) for it in (D, D, C, C)]
                 yield _backwards(kernels.cross_attention, [*leaves, torch.zeros(1)])
+            if dtype == torch.float16 and layout == torch.channels_last:
+                yield from _convolutions(make)
+
+        for B, C, H, W in ((1, 8, 5, 7), (1, 64, 128, 128), (32, 256, 64, 64), (2, 4096, 1, 1)):
+            x = torch.empty((B, C, H, W), dtype=dtype).to(memory_format=torch.channels_last)
+            yield kernels.image_to_features(torch.zeros(B, H, W, 3, dtype=torch.uint8), dtype=name)
+            yield kernels.max_pool(x)
+            yield kernels.normalize_relu(x, torch.zeros(C), torch.zeros(C))
+            for depth in (torch.zeros(B, 1, H, W), torch.zeros(B, 1, H, W, dtype=dtype), None):
+                yield kernels.antialias(x, depth, torch.zeros(13, 13))
+            yield kernels.gather([x, torch.zeros(B, 15, 2)], torch.zeros(3, dtype=torch.int32))
+
+
+def _convolutions(make: Any) -> Iterator[Any]:
+    """Layers of each kind, small batches and large, in every way that is worth a try."""
+    layers: tuple[tuple[int, int, int, int, dict[str, Any]], ...] = (
+        (8, 256, 64, 7, {"stride": 2}), (64, 64, 64, 3, {}), (512, 8, 512, 3, {}), (256, 64, 256, 3, {}),
+        (40, 64, 75, 7, {"padding": 0}), (128, 64, 17, 7, {}), (64, 256, 3, 7, {}),
+        (16, 256, 1, 3, {"pad_mode": "reflect"}), (96, 128, 32, 3, {"pad_mode": "reflect"}),
+    )  # fmt: skip
+    for Cin, size, Cout, k, options in layers:
+        packed = kernels.pack(torch.zeros(Cout, Cin, k, k), None, "float16")
+        for B in (1, 32):
+            x = make(B, Cin, size, size)
+            asked = {name: value for name, value in options.items() if name != "pad_mode"}
+            for config in kernels.configs(tuple(x.shape), packed, device=view(x, "x").device, most=99, **asked):
+                yield kernels.conv2d(x, packed, config=config, **options)
+    for Cin, size, Cout in ((1024, 4, 256), (256, 64, 128)):
+        packed = kernels.pack(torch.zeros(Cout, Cin, 3, 3), None, "float16", upsample=True)
+        yield kernels.conv2d(make(1, Cin, size, size), packed)
 
 
 def _backwards(operation: Any, leaves: list[torch.Tensor]) -> None:

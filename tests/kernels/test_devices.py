@@ -1,65 +1,38 @@
-"""Launching through the CUDA driver: an imitation of it (driver.cpp) writes down what it is asked, byte by byte."""
+"""Launching through the CUDA driver: an imitation of it (tests/cuda) writes down what it is asked, byte by byte."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
-import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dagan_rt.cuda import driver as cuda
 from dagan_rt.errors import InputError
 from dagan_rt.kernels import _build, _devices
 from dagan_rt.kernels._devices import Array, CudaDevice, CudaError, Launch, Unit
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+from imitated_driver import Driver, installed  # noqa: E402
 
 UNIT = Unit("flow_warp", "flow_warp")
 POINTER = 0x7F00_1234_5600
 
 
-class Driver:
-    """The imitation, as a test steers it."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.test_take_journal.restype = ctypes.c_char_p
-        self.library.test_place.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-
-    def journal(self) -> list[str]:
-        """What was asked of the driver since the last call."""
-        return self.library.test_take_journal().decode().splitlines()
-
-    def fail(self, function: str, status: int) -> None:
-        """Let the next call of a function fail."""
-        self.library.test_fail(function.encode(), status)
-
-
-@pytest.fixture(scope="session")
-def driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("driver") / "libdriver.so"
-    source = Path(__file__).with_name("driver.cpp")
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", "-O1", str(source), "-o", str(path)], check=True)
-    return path
-
-
 @pytest.fixture
-def driver(driver_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """Stands in for libcuda; a fat binary of every unit is there, whose content is its name."""
-    monkeypatch.setattr(_devices, "LIBRARY", str(driver_library))
-    monkeypatch.setattr(_devices, "_devices", {})
     monkeypatch.setattr(_build, "fat_binary", lambda unit: f"fat {unit.source}".encode())
     monkeypatch.setattr(_build, "compiled", lambda unit, capability: f"cubin {unit.source} {capability}".encode())
-    _devices._driver.cache_clear()
-    imitation = Driver(driver_library)
-    imitation.library.test_gpus(2)
-    yield imitation
-    imitation.journal()
-    assert imitation.library.test_contexts() == 0  # every context entered was left
-    _devices._driver.cache_clear()
+    with installed(monkeypatch) as imitation:
+        yield imitation
 
 
 def launch(*args: Any, **changes: Any) -> Launch:
@@ -93,6 +66,21 @@ def test_arguments_lie_as_a_kernel_reads_them(driver: Driver):
     assert line == (
         f"launch flow_warp_f32 (4, 3, 2) (128, 1, 1) 0 stream 0x77 in {device.context:#x}: {expected.hex()}"
     )
+
+
+def test_an_early_launch_is_one_to_the_driver_too(driver: Driver):
+    device = _devices.device(0)
+    early = replace(launch(array(device), np.int32(5)), early=True)
+    device.launch(early, 0x77)
+    *_, first, second = driver.journal()
+    assert first == "early flow_warp_f32"
+    expected = struct.pack("<Qi", POINTER, 5)
+    assert second == (
+        f"launch flow_warp_f32 (4, 3, 2) (128, 1, 1) 0 stream 0x77 in {device.context:#x}: {expected.hex()}"
+    )
+    device.capability = (8, 9)  # where there is no such thing it is an ordinary one
+    device.launch(early, 0x77)
+    assert not [line for line in driver.journal() if line.startswith("early")]
 
 
 @pytest.mark.parametrize("wrong", [1, 1.0, True, np.float64(1), np.uint32(1), "x"])
@@ -204,7 +192,10 @@ def test_a_zeroed_workspace_is_apart_and_all_zeros(driver: Driver):
 
 def test_no_memory(driver: Driver):
     device = _devices.device(0)
-    driver.fail("allocate", 2)
+    driver.library.test_memory(3 << 20)
+    with pytest.raises(InputError, match=r"scratch .* needs 4.2 MB of GPU memory and GPU 0 has 3.1 MB of its 3.1 MB"):
+        device.workspace(0, 4 << 20)
+    driver.fail("allocate", 1)
     with pytest.raises(CudaError, match="allocating 1048576 bytes on GPU 0 failed"):
         device.workspace(0, 1)
     assert device.workspace(0, 1).shape == (1 << 20,)
@@ -235,8 +226,7 @@ def test_where_memory_lies(driver: Driver):
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_devices, "LIBRARY", "libnothing-of-that-name.so")
-    _devices._driver.cache_clear()
+    monkeypatch.setattr(cuda, "LIBRARY", "libnothing-of-that-name.so")
     reason = _devices.missing()
     assert reason is not None and "no NVIDIA driver" in reason
     with pytest.raises(InputError, match="no NVIDIA driver"):
@@ -246,7 +236,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch):
 def test_a_driver_without_a_gpu(driver: Driver):
     driver.library.test_gpus(0)
     assert _devices.missing() == "there is no NVIDIA GPU on this machine"
-    _devices._driver.cache_clear()
+    cuda._load.cache_clear()
     driver.fail("cuInit", 100)
     reason = _devices.missing()
     assert reason is not None and reason.startswith("the NVIDIA driver finds no usable GPU (CUDA_ERROR 100")

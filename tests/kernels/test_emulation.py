@@ -357,6 +357,21 @@ def test_wgmma(dtype: torch.dtype, swizzle: int, mn_major: bool, N: int) -> None
     torch.testing.assert_close(d.double(), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("N", [64, 128, 256])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmma_of_shifted_rows(dtype: torch.dtype, N: int) -> None:
+    """Both operands in shared memory; a is 8 × 8 pixels of a patch of 10 × 10, from its pixel (1, 2) on."""
+    patch, b, d = numbers(10, 10, 64, dtype=dtype), numbers(64, N, dtype=dtype, seed=1), numbers(64, N, seed=2)
+    a = patch[1:9, 2:10].reshape(64, 64)
+    expected = d.double() + a.double() @ b.double()
+    stored = [image(it.view(torch.int16).numpy(), 128, False)[0] for it in (b, patch.reshape(100, 64).T)]
+    images = torch.from_numpy(np.concatenate(stored)).view(dtype)
+    bytes, start = 2 * images.numel(), N * 128
+    run(f"multiply_shared_{SHORT[dtype]}_{N}", 1, 128, images, d, bytes, start + 12 * 128, 10 * 128, 0,
+        source="hopper", shared=bytes, seed=1)  # fmt: skip
+    torch.testing.assert_close(d.double(), expected, rtol=0, atol=1e-4)
+
+
 def test_wgmma_is_asynchronous() -> None:
     def product(which: str, **settings: Any) -> torch.Tensor:
         out = torch.empty(128)
@@ -388,6 +403,18 @@ def test_clusters() -> None:
         torch.testing.assert_close(sums("cluster_sum_right", **settings), expected, rtol=0, atol=1e-4)
     assert sums("cluster_sum_unwritten").isnan().all()  # read before the other block wrote
     assert any(sums("cluster_sum_gone", seed=seed).isnan().any() for seed in range(4))  # or after it returned
+
+
+def test_bulk_copies_to_a_cluster() -> None:
+    x = numbers(32)
+    for settings in ({}, {"seed": 1}, {"sanitize": "address"}, {"sanitize": "thread"}):
+        out = torch.zeros(2, 32)
+        run("share_right", 2, 32, x, out, source="hopper", shared=192, **settings)
+        assert torch.equal(out, x.expand(2, 32))
+    run("share_hasty", 2, 32, x, out, source="hopper", shared=192)
+    assert out.isnan().any()  # read before the other block sent its half
+    with fails("data race"):
+        run("share_hasty", 2, 32, x, out, source="hopper", shared=192, sanitize="thread")
 
 
 def test_barriers_in_shared_memory() -> None:

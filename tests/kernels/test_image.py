@@ -1,4 +1,4 @@
-"""uint8 images to planes and back, against NumPy: every value exactly."""
+"""uint8 images to planes and back, and to features, against NumPy: every value exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dagan_rt.errors import InputError
-from dagan_rt.kernels.image import image_to_planes, planes_to_image
+from dagan_rt.kernels.image import image_to_features, image_to_planes, planes_to_image
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("nchw", "nhwc")
@@ -119,6 +119,32 @@ def test_crops_and_odd_addresses_take_the_general_way(device: str, dtype: str) -
         np.testing.assert_array_equal(planes_to_image(found).cpu().numpy(), expected_image(found))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_features_are_the_planes_and_one_and_zeros(device: str, shape: Any, dtype: str) -> None:
+    image = picture(*shape, device=device)
+    features = image_to_features(image, dtype=dtype)
+    assert features.dtype == getattr(torch, dtype) and features.shape == (shape[0], 8, *shape[1:])
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(features[:, :3].cpu(), expected_planes(image, dtype))
+    assert features[:, 3].eq(1).all() and features[:, 4:].eq(0).all()
+    assert torch.equal(features, image_to_features(image, dtype=dtype, reference=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_of_crops_and_in_slices(device: str, dtype: str) -> None:
+    frame = picture(2, 20, 24, device=device)
+    turned = frame.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)  # every stride is another's
+    wide = torch.full((2, 24, 12, 16), 7.0, dtype=getattr(torch, dtype), device=device)
+    wide = wide.to(memory_format=torch.channels_last)
+    for image in (frame[:, 3:15, 5:21], turned[:, 3:15, 5:21]):
+        part = wide[:, 8:16].zero_()
+        assert image_to_features(image, out=part) is part
+        assert torch.equal(part, image_to_features(image, dtype=dtype, reference=True))
+        assert wide[:, :8].eq(7).all() and wide[:, 16:].eq(7).all()
+    assert torch.equal(image_to_features(image, out=wide[:, 16:], reference=True), part)
+
+
 def test_out_is_written_and_nothing_around_it(device: str) -> None:
     image = picture(2, 4, 8, device=device)
     larger = torch.full((2, 3, 6, 10), -1.0, device=device)
@@ -155,6 +181,7 @@ def test_sanitizers_find_nothing(sanitize: str, dtype: str) -> None:
             image = picture(*shape)
             for layout in LAYOUTS:
                 assert torch.equal(planes_to_image(image_to_planes(image, dtype=dtype, layout=layout)), image)
+            assert torch.equal(image_to_features(image, dtype=dtype)[:, :3].cpu(), expected_planes(image, dtype))
 
 
 def test_what_cannot_be_used_is_named(emulated: Any) -> None:
@@ -172,6 +199,11 @@ def test_what_cannot_be_used_is_named(emulated: Any) -> None:
             lambda: planes_to_image(planes.permute(0, 2, 3, 1)),
         "planes must be float32 or float16 or bfloat16, got uint8":
             lambda: planes_to_image(image.permute(0, 3, 1, 2)),
+        "dtype must be float32, float16 or bfloat16, got 'int8'": lambda: image_to_features(image, dtype="int8"),
+        "image must be uint8, got int32": lambda: image_to_features(image.int()),
+        r"out must be \[B, 8, H, W\] = \(1, 8, 4, 4\), got \(1, 3, 4, 4\)":
+            lambda: image_to_features(image, out=planes),
+        "out must be channels-last, whole or a slice": lambda: image_to_features(image, out=torch.zeros(1, 8, 4, 4)),
         "out must be uint8, got float32": lambda: planes_to_image(planes, out=torch.zeros(1, 4, 4, 3)),
         "planes requires a gradient, which this kernel does not give":
             lambda: planes_to_image(planes.clone().requires_grad_()),

@@ -19,6 +19,26 @@ inline void barrier_wait(Barrier* barrier, unsigned parity, emulated::Place plac
   (void)*(volatile const Barrier*)barrier;
   emulated::barrier_await(barrier, parity, place);
 }
+inline void barrier_arrive_at(unsigned rank, Barrier* barrier, emulated::Place place = emulated::here()) {
+  barrier_arrive((Barrier*)emulated::at_rank(rank, barrier, place), place);
+}
+inline void barrier_expect(Barrier* barrier, int bytes, emulated::Place place = emulated::here()) {
+  emulated::barrier_bytes(barrier, bytes, true, place);
+}
+inline void barriers_ready() {}
+
+// Done at once, in the thread that asks for it: what others still read there is overwritten.
+template <int RANKS> inline void bulk_copy(void* shared, const void* global, int bytes, Barrier* barrier,
+                                           emulated::Place place = emulated::here()) {
+  emulated::check_shared(shared, 16, "bulk_copy", place);
+  if ((unsigned long long)global % 16) emulated::fail(place, "bulk_copy: %p is not aligned to 16", global);
+  for (unsigned rank = 0; rank < RANKS; rank++) {
+    bool here = RANKS == 1;
+    void* to = here ? shared : (void*)emulated::at_rank(rank, shared, place);
+    for (int i = 0; i < bytes / 16; i++) ((uint4*)to)[i] = ((const uint4*)global)[i];
+    emulated::barrier_bytes(here ? barrier : (Barrier*)emulated::at_rank(rank, barrier, place), -bytes, false, place);
+  }
+}
 inline void named_barrier(int id, int threads, emulated::Place place = emulated::here()) {
   if (id < 1 || id > 15) emulated::fail(place, "named_barrier: id must be 1 to 15, got %d", id);
   if (threads < 32 || threads % 32) emulated::fail(place, "named_barrier: whole warps are expected, got %d", threads);
@@ -59,4 +79,11 @@ template <class T, int MN_MAJOR> inline void wgmma_64x256x16(float (&d)[128], co
                                                              unsigned long long b, bool accumulate,
                                                              emulated::Place place = emulated::here()) {
   emulated::product_later({d, {a[0], a[1], a[2], a[3]}, b, accumulate, is_bf16<T>, MN_MAJOR != 0, 256}, place);
+}
+// d += a b with both in shared memory, K-major.
+template <class T, int REGISTERS>
+inline void wgmma_shared(float (&d)[REGISTERS], unsigned long long a, unsigned long long b,
+                         emulated::Place place = emulated::here()) {
+  static_assert(REGISTERS == 32 || REGISTERS == 64 || REGISTERS == 128);
+  emulated::product_later({d, {}, b, true, is_bf16<T>, false, 2 * REGISTERS, true, a}, place);
 }

@@ -654,20 +654,31 @@ void block_barrier(int id, int expected, Place place) {
 
 void cluster_barrier(Place place) { meet(cluster_meeting, threads.size(), "cluster_sync", place); }
 
-// A barrier in shared memory: a mark, the phase's parity, the arrivals that a phase takes and those still to come.
-static constexpr unsigned long long MARK = 0xba44;
-static unsigned long long encoded(unsigned phase, unsigned expected, unsigned pending) {
-  return MARK << 48 | (unsigned long long)(phase & 1) << 40 | (unsigned long long)expected << 20 | pending;
+static long dynamic_offset(const void* pointer, const Block& block) {
+  long offset = (const char*)pointer - block.dynamic;
+  return offset >= 0 && offset < launch->shared ? offset : -1;
 }
+
+// A barrier in shared memory: a mark, the phase's parity, the arrivals that a phase takes, those still to come, and the
+// bytes still to come, in pieces of 16, which may come before they are expected.
+static constexpr unsigned long long MARK = 0xba44;
+static constexpr int NO_PIECES = 0x4000;
+static unsigned long long encoded(unsigned phase, unsigned expected, unsigned pending, int pieces) {
+  return MARK << 48 | (unsigned long long)(phase & 1) << 47 | (unsigned long long)(NO_PIECES + pieces) << 32 |
+         (unsigned long long)expected << 16 | pending;
+}
+static unsigned parity_of(const unsigned long long* barrier) { return *barrier >> 47 & 1; }
 static void check_barrier(unsigned long long* barrier, const char* name, Place place) {
-  check_shared(barrier, 8, name, place);
+  bool shared = false;  // of any block of the cluster
+  for (auto& block : blocks) shared |= dynamic_offset(barrier, *block) >= 0 && (uintptr_t)barrier % 8 == 0;
+  if (!shared) check_shared(barrier, 8, name, place);
   if (*barrier >> 48 != MARK) fail(place, "%s: no barrier_init came before, or it was overwritten", name);
 }
 
 void barrier_set(unsigned long long* barrier, int count, Place place) {
   check_shared(barrier, 8, "barrier_init", place);
-  if (count < 1 || count > 0xfffff) fail(place, "barrier_init: the count must be 1 to 2^20 - 1, got %d", count);
-  *barrier = encoded(0, count, count);
+  if (count < 1 || count > 0xffff) fail(place, "barrier_init: the count must be 1 to 2^16 - 1, got %d", count);
+  *barrier = encoded(0, count, count, 0);
 }
 
 // Where a seed decides, others may run here, as they might on a GPU.
@@ -677,15 +688,16 @@ static void step_aside() {
   transfer(*next_thread());
 }
 
-void barrier_count(unsigned long long* barrier, Place place) {
-  check_barrier(barrier, "barrier_arrive", place);
-  unsigned phase = *barrier >> 40 & 1, expected = *barrier >> 20 & 0xfffff, pending = (*barrier & 0xfffff) - 1;
+// So many arrivals, and pieces of 16 bytes expected (or come, where negative).
+static void barrier_change(unsigned long long* barrier, int arrivals, int pieces) {
+  unsigned phase = parity_of(barrier), expected = *barrier >> 16 & 0xffff, pending = (*barrier & 0xffff) - arrivals;
+  pieces += (int)(*barrier >> 32 & 0x7fff) - NO_PIECES;
   gives(barrier);
-  if (pending) {
-    *barrier = encoded(phase, expected, pending);
+  if (pending || pieces) {
+    *barrier = encoded(phase, expected, pending, pieces);
     return step_aside();
   }
-  *barrier = encoded(phase + 1, expected, expected);
+  *barrier = encoded(phase + 1, expected, expected, 0);
   for (size_t i = 0; i < sleepers.size();) {
     if (sleepers[i]->barrier == barrier && sleepers[i]->parity == phase) {
       wake(sleepers[i]);
@@ -698,10 +710,22 @@ void barrier_count(unsigned long long* barrier, Place place) {
   step_aside();
 }
 
+void barrier_count(unsigned long long* barrier, Place place) {
+  check_barrier(barrier, "barrier_arrive", place);
+  if ((*barrier & 0xffff) == 0) fail(place, "barrier_arrive: more arrivals than the phase takes");
+  barrier_change(barrier, 1, 0);
+}
+
+void barrier_bytes(unsigned long long* barrier, int bytes, bool arrives, Place place) {
+  check_barrier(barrier, arrives ? "barrier_expect" : "bulk_copy", place);
+  if (bytes % 16) fail(place, "bulk copies are of multiples of 16 bytes, got %d", bytes);
+  barrier_change(barrier, arrives, bytes / 16);
+}
+
 void barrier_await(unsigned long long* barrier, unsigned parity, Place place) {
   check_barrier(barrier, "barrier_wait", place);
   if (parity > 1) fail(place, "barrier_wait: the parity must be 0 or 1, got %u", parity);
-  while ((*barrier >> 40 & 1) == parity) {
+  while (parity_of(barrier) == parity) {
     Thread& me = current();
     me.barrier = barrier;
     me.parity = parity;
@@ -736,11 +760,6 @@ unsigned char* dynamic_shared(Place place) {
 }
 
 // The offset in the dynamic shared memory of one of the cluster's blocks, or -1.
-static long dynamic_offset(const void* pointer, const Block& block) {
-  long offset = (const char*)pointer - block.dynamic;
-  return offset >= 0 && offset < launch->shared ? offset : -1;
-}
-
 unsigned shared_offset(const void* pointer, Place place) {
   long offset = dynamic_offset(pointer, *current().block_of);
   if (offset >= 0) return SHARED_START + offset;
@@ -870,7 +889,9 @@ void product_later(const Product& product, Place place) {
   me.products.push_back(product);
   if (me.lane == 0) {
     me.warp->products++;
-    me.warp->products_digest = (me.warp->products_digest ^ product.b) * 0x9e3779b97f4a7c15ull + product.accumulate;
+    for (unsigned long long matrix : {product.a_matrix, product.b}) {
+      me.warp->products_digest = (me.warp->products_digest ^ matrix) * 0x9e3779b97f4a7c15ull + product.accumulate;
+    }
   }
 }
 
@@ -881,29 +902,35 @@ void products_commit(Place) {
 }
 
 // Where a byte of a matrix lies that is `offset` bytes from its start before the swizzle.
-static const unsigned char* swizzled(const Product& product, unsigned offset, const Block& block) {
-  unsigned address = (product.b & 0x3fff) << 4;
+static const unsigned char* swizzled(unsigned long long matrix, unsigned offset, const Block& block) {
+  unsigned address = (matrix & 0x3fff) << 4;
   address += offset;
-  address ^= product.b >> 62 == 1 ? (address >> 7 & 7) << 4 : (address >> 7 & 3) << 4;
+  address ^= matrix >> 62 == 1 ? (address >> 7 & 7) << 4 : (address >> 7 & 3) << 4;
   long place = (long)address - SHARED_START;
-  if (place < 0 || place + 16 > launch->shared) fail(current().place, "wgmma reads b outside of dynamic shared memory");
+  if (place < 0 || place + 16 > launch->shared) fail(current().place, "wgmma reads outside of dynamic shared memory");
 #ifdef EMULATED_THREAD
   __tsan_read16(block.dynamic + place);
 #endif
   return (unsigned char*)block.dynamic + place;
 }
 
-// b as 16 rows of `columns` values. Read in pieces of 16 bytes, which the swizzle keeps together.
+// Rows of 16 k of a K-major matrix. Read in pieces of 16 bytes, which the swizzle keeps together.
+static void read_row(unsigned short (&values)[16], unsigned long long matrix, int row, const Block& block) {
+  const unsigned stride = (matrix >> 32 & 0x3fff) << 4, row_bytes = matrix >> 62 == 1 ? 128 : 64;
+  for (int k = 0; k < 16; k += 8) {
+    memcpy(&values[k], swizzled(matrix, row / 8 * stride + row % 8 * row_bytes + k * 2, block), 16);
+  }
+}
+
+// b as 16 rows of `columns` values.
 static void collect_b(const Product& product, const Block& block, unsigned short (&b)[16][256]) {
   const unsigned leading = (product.b >> 16 & 0x3fff) << 4, stride = (product.b >> 32 & 0x3fff) << 4;
   const unsigned row_bytes = product.b >> 62 == 1 ? 128 : 64;
-  unsigned short piece[8];
   if (!product.mn_major) {
+    unsigned short row[16];
     for (int n = 0; n < product.columns; n++) {
-      for (int k = 0; k < 16; k += 8) {
-        memcpy(piece, swizzled(product, n / 8 * stride + n % 8 * row_bytes + k * 2, block), 16);
-        for (int i = 0; i < 8; i++) b[k + i][n] = piece[i];
-      }
+      read_row(row, product.b, n, block);
+      for (int k = 0; k < 16; k++) b[k][n] = row[k];
     }
     return;
   }
@@ -911,20 +938,24 @@ static void collect_b(const Product& product, const Block& block, unsigned short
   for (int k = 0; k < 16; k++) {
     for (int n = 0; n < product.columns; n += 8) {
       unsigned offset = k / 8 * stride + k % 8 * row_bytes + n / in_row * leading + n % in_row * 2;
-      memcpy(&b[k][n], swizzled(product, offset, block), 16);
+      memcpy(&b[k][n], swizzled(product.b, offset, block), 16);
     }
   }
 }
 
 // The rows of one warp, as its lanes issued them.
-static void multiply_rows(Product* const (&lanes)[32], const Block& block) {
+static void multiply_rows(Product* const (&lanes)[32], int warp, const Block& block) {
   static float b[16][256], d[16][256];
   static unsigned short b16[16][256];
   const Product& first = *lanes[0];
   collect_b(first, block, b16);
   unsigned short a16[16][16];
   float a[16][16];
-  collect_a(a16, [&](int lane) { return lanes[lane]->a; });
+  if (first.a_shared) {
+    for (int row = 0; row < 16; row++) read_row(a16[row], first.a_matrix, warp % 4 * 16 + row, block);
+  } else {
+    collect_a(a16, [&](int lane) { return lanes[lane]->a; });
+  }
   if (first.bf16) {
     widen<true>(a16[0], a[0], 256);
     widen<true>(b16[0], b[0], 16 * 256);
@@ -956,12 +987,13 @@ static void products_due(void* const (&lanes)[32]) {
     for (int lane = 0; lane < 32; lane++) {
       Thread& thread = *warp[lane];
       if (thread.products_to_do != first.products_to_do || thread.products[i].b != first.products[i].b ||
+          thread.products[i].a_matrix != first.products[i].a_matrix ||
           thread.products[i].accumulate != first.products[i].accumulate) {
         fail(first.place, "the lanes of a warp did not issue the same wgmma");
       }
       products[lane] = &thread.products[i];
     }
-    multiply_rows(products, *first.block_of);
+    multiply_rows(products, first.warp - first.block_of->warps.data(), *first.block_of);
   }
   for (Thread* thread : warp) thread->products_done = thread->products_to_do;
 }

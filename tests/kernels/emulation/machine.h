@@ -28,6 +28,7 @@ void block_barrier(int id, int threads, Place place);  // threads 0: all of the 
 void cluster_barrier(Place place);
 void barrier_set(unsigned long long* barrier, int count, Place place);
 void barrier_count(unsigned long long* barrier, Place place);
+void barrier_bytes(unsigned long long* barrier, int bytes, bool arrives, Place place);  // expected; come if negative
 void barrier_await(unsigned long long* barrier, unsigned parity, Place place);
 unsigned count_add(unsigned* count);
 void count_await(const unsigned* count, unsigned least, Place place);
@@ -46,7 +47,15 @@ void copies_commit();
 bool copy_due(int pending, Copy& copy);  // takes the next copy that must be done for `pending` groups to be left
 
 // ---- products of a warpgroup ----
-struct Product { float* d; unsigned a[4]; unsigned long long b; bool accumulate, bf16, mn_major; int columns; };
+struct Product {
+  float* d;
+  unsigned a[4];
+  unsigned long long b;
+  bool accumulate, bf16, mn_major;
+  int columns;
+  bool a_shared = false;  // then `a_matrix` describes a
+  unsigned long long a_matrix = 0;
+};
 void products_fence();
 void product_later(const Product& product, Place place);
 void products_commit(Place place);

@@ -52,6 +52,40 @@ LAYOUTS(bf16, 64)
 LAYOUTS(f16, 256)
 LAYOUTS(bf16, 256)
 
+// d [64, N] += a [64, 64] b [64, N], both in shared memory. `images` is that memory: b from `start_b` on, a from `start_a`,
+// from 8 of its rows to the next 8 `stride_a` bytes.
+template <class T, int N> __device__ void multiply_shared(const T* images, float* d, int bytes, int start_a,
+                                                          int stride_a, int start_b) {
+  int thread = threadIdx.x, lane = thread % 32, g = thread / 32 * 16 + lane / 4, t = lane % 4 * 2;
+  unsigned char* shared = dynamic_shared();
+  for (int i = thread; i < bytes / 16; i += 128) ((uint4*)shared)[i] = ((const uint4*)images)[i];
+  fence_shared_for_wgmma();
+  __syncthreads();
+  float rd[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) rd[i] = d[(g + i / 2 % 2 * 8) * N + i / 4 * 8 + t + i % 2];
+  wgmma_fence();
+  for (int k = 0; k < 128; k += 32) {
+    wgmma_shared<T>(rd, matrix_descriptor<128>(shared_address(shared) + start_a + k, 16, stride_a),
+                    matrix_descriptor<128>(shared_address(shared) + start_b + k, 16, 1024));
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) d[(g + i / 2 % 2 * 8) * N + i / 4 * 8 + t + i % 2] = rd[i];
+}
+#define MULTIPLY_SHARED(TYPE, N)  \
+  extern "C" __global__ void __launch_bounds__(128) multiply_shared_##TYPE##_##N(  \
+      const TYPE* images, float* d, int bytes, int start_a, int stride_a, int start_b) {  \
+    multiply_shared<TYPE, N>(images, d, bytes, start_a, stride_a, start_b);  \
+  }
+MULTIPLY_SHARED(f16, 64)
+MULTIPLY_SHARED(f16, 128)
+MULTIPLY_SHARED(f16, 256)
+MULTIPLY_SHARED(bf16, 64)
+MULTIPLY_SHARED(bf16, 128)
+MULTIPLY_SHARED(bf16, 256)
+
 // The accumulators are read before the wait, or no fence came before the product, or warps disagree, or b is overwritten
 // before the wait.
 template <bool WAIT, bool FENCE, bool SAME, bool KEPT> __device__ void one_product(float* out) {
@@ -134,6 +168,33 @@ extern "C" __global__ void pipeline_hasty(const float* x, float* out, int tiles)
 extern "C" __global__ void pipeline_uninitialised(const float* x, float* out, int tiles) {
   pipeline<true, false>(x, out, tiles);
 }
+
+// Each of a cluster's two blocks copies its half of x [32] to both; they write out [2, 32].
+template <bool WAIT> __device__ void share(const float* x, float* out) {
+  unsigned char* shared = dynamic_shared();
+  Barrier *full = (Barrier*)shared, *seen = full + 1;
+  float* values = (float*)(shared + 64);
+  int rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    barrier_init(full, 1);
+    barrier_init(seen, 2);
+    barriers_ready();
+  }
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    barrier_expect(full, 128);
+    bulk_copy<2>(values + rank * 16, x + rank * 16, 64, full);
+  }
+  if (WAIT) barrier_wait(full, 0);
+  out[rank * 32 + threadIdx.x] = values[threadIdx.x];
+  __syncwarp();
+  if (threadIdx.x < 2) barrier_arrive_at(threadIdx.x, seen);
+  barrier_wait(seen, 0);
+  barrier_wait(full, 0);
+  cluster_sync();
+}
+extern "C" __global__ void __cluster_dims__(2, 1, 1) share_right(const float* x, float* out) { share<true>(x, out); }
+extern "C" __global__ void __cluster_dims__(2, 1, 1) share_hasty(const float* x, float* out) { share<false>(x, out); }
 
 // Two pairs of warps meet apart from each other.
 extern "C" __global__ void meet_in_pairs(float* out, int threads) {
