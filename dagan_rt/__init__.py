@@ -13,13 +13,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dagan_rt.errors import InputError
+    from dagan_rt.errors import DeviceLost, InputError
     from dagan_rt.reenactor import Reenactor
+    from dagan_rt.streams import Streams
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Reenactor", "__version__"]
+__all__ = ["DeviceLost", "InputError", "Reenactor", "Streams", "__version__"]
 
-_HOMES = {"InputError": "dagan_rt.errors", "Reenactor": "dagan_rt.reenactor"}
+_HOMES = {
+    "DeviceLost": "dagan_rt.errors",
+    "InputError": "dagan_rt.errors",
+    "Reenactor": "dagan_rt.reenactor",
+    "Streams": "dagan_rt.streams",
+}
 
 
 def __getattr__(name: str) -> Any:

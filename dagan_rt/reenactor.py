@@ -10,8 +10,8 @@ import numpy as np
 from dagan_rt import backends
 from dagan_rt.bundle import Bundle
 from dagan_rt.errors import InputError
+from dagan_rt.frames import Frames, Pending, on_host, open_frames
 from dagan_rt.keypoints import KeyPoints
-from dagan_rt.transfer import movement_scale
 
 MOTIONS = ("relative", "absolute")
 
@@ -25,7 +25,7 @@ class Reenactor:
             show(reenactor.drive(frame))
 
     Everything that depends on the source alone is computed by `set_source` and kept; `drive` does the rest.
-    One instance serves one session: it is not safe to call it from several threads at once.
+    One instance serves one session: it is not safe to call it from several threads at once. `Streams` serves many.
     """
 
     def __init__(
@@ -49,44 +49,48 @@ class Reenactor:
 
         Raises InputError if the bundle is damaged or the backend cannot run here, ValueError for a wrong argument.
         """
-        if motion not in MOTIONS:
-            raise InputError(f"motion must be {' or '.join(MOTIONS)}, got {motion!r}")
-        if adapt_scale and motion == "absolute":
-            raise InputError("adapt_scale scales relative motion: it cannot be used with motion='absolute'")
-        self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        if reason := self._bundle.cannot_reenact:
-            raise InputError(f"bundle {self._bundle.path} cannot animate: {reason}")
-        opened = backends.open_backend(backend, self._bundle, threads) if isinstance(backend, str) else backend
-        self._backend = opened
-        self._inputs = {name: [tensor.name for tensor in graph.inputs] for name, graph in self._bundle.graphs.items()}
-        self._relative = motion == "relative"
-        self._adapt_scale = adapt_scale
-        self._source: dict[str, Any] | None = None  # the source's arrays, by the names the other graphs take them under
-        self._initial: dict[str, Any] | None = None  # initial key points and movement scale, likewise
+        check_motion(motion, adapt_scale)
+        self._relative, self._adapt_scale = motion == "relative", adapt_scale
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self._backend, self._reason = open_loaded(opened, backend, threads)
+        self._frames = open_frames(self._backend, opened)
+        self._has_source = self._begun = False
+        self._last: Pending | None = None
 
     @property
     def size(self) -> int:
         """Side in pixels of the square images that `set_source` and `drive` take and give."""
-        return self._bundle.config.size
+        return self._frames.size
+
+    @property
+    def frames(self) -> Frames:
+        """What runs the session, in its slot 0."""
+        return self._frames
 
     @property
     def backend_name(self) -> str:
         """The backend in use, which "auto" chose."""
         return self._backend.name
 
+    @property
+    def backend_reason(self) -> str:
+        """Why this backend, on one line; with "auto", also why none of the faster ones."""
+        return self._reason
+
     def set_source(self, image: np.ndarray) -> None:
         """Choose the portrait to animate, and start a new session.
 
         image: HWC uint8 RGB in [0, 255], [size, size, 3]. Raises ValueError otherwise, and keeps the former source.
         """
-        planes = self._backend.from_image(self._checked("image", image))
-        found = self._run("source", {"image": planes})
-        self._source = found | _named("source", found) | {"source_image": planes}
+        checked = check_image("image", image, self.size)
+        self._check_idle("set_source")
+        self._frames.set_source(0, checked)
+        self._has_source = True
         self.reset()
 
     def reset(self) -> None:
         """Forget the initial driving frame: the next one becomes it."""
-        self._initial = None
+        self._begun = False
 
     def drive(self, frame: np.ndarray) -> np.ndarray:
         """Give the source the expression and pose of a driving frame.
@@ -95,46 +99,71 @@ class Reenactor:
         `reset` is the initial one, to which the source's own pose corresponds.
         Returns HWC uint8 RGB, [size, size, 3]. Raises ValueError for another frame or without a source.
         """
-        if self._source is None:
+        image: np.ndarray = self.submit(frame).result()[0]
+        return image
+
+    def submit(self, frame: np.ndarray) -> Pending:
+        """As `drive`, without waiting: the `result()` of what comes back is uint8 [1, size, size, 3].
+
+        Up to `frames.ahead` may be under way; beyond that, this waits for the oldest. A new source or a new initial
+        frame has to wait until they are through.
+        """
+        if not self._has_source:
             raise InputError("drive needs a source: call set_source(image) first")
-        driving = self._find("frame", frame)
-        if self._initial is None:
-            self._initial = self._begin(self._source, driving)
-        arrays = self._source | self._initial | _named("driving", driving)
-        return self._backend.to_image(self._run("generator", arrays | self._run("motion", arrays))["prediction"])
+        checked = check_image("frame", frame, self.size)
+        if not self._begun:
+            self._check_idle("a new initial frame")
+            self._frames.begin(0, checked if self._relative else None, self._adapt_scale)
+            self._begun = True
+        self._last = self._frames.submit([0], [checked])
+        return self._last
 
     def keypoints(self, frame: np.ndarray) -> KeyPoints:
         """The key points of any face, NumPy [1, K, 2] and [1, K, 2, 2]; `frame` as in `drive`. The session stays."""
-        return self._on_host(self._find("frame", frame))
+        planes = self._backend.from_image(check_image("frame", frame, self.size))
+        return on_host(self._backend, self._backend.run("driving", {"image": planes}))
 
-    def _find(self, name: str, frame: np.ndarray) -> dict[str, Any]:
-        """Depth and key points of one face."""
-        return self._run("driving", {"image": self._backend.from_image(self._checked(name, frame))})
+    def close(self) -> None:
+        """Free the session's memory on the device; nothing can be driven afterwards."""
+        self._has_source = False
+        self._frames.close()
 
-    def _begin(self, source: dict[str, Any], driving: dict[str, Any]) -> dict[str, Any]:
-        """Initial key points and movement scale of a session; absolute motion is relative motion from the source."""
-        scale = 1.0
-        if self._adapt_scale:
-            scale = movement_scale(self._on_host(source), self._on_host(driving))
-        initial = _named("initial", driving if self._relative else source)
-        return initial | {"scale": self._backend.from_numpy(np.array([[scale]], np.float32))}
+    def __enter__(self) -> Reenactor:
+        return self
 
-    def _run(self, graph: str, arrays: dict[str, Any]) -> dict[str, Any]:
-        """Run one graph on those of `arrays` that it takes, bound by name."""
-        return self._backend.run(graph, {name: arrays[name] for name in self._inputs[graph]})
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
-    def _on_host(self, found: dict[str, Any]) -> KeyPoints:
-        return KeyPoints(*(self._backend.to_numpy(found[name]) for name in ("kp_value", "kp_jacobian")))
-
-    def _checked(self, name: str, image: np.ndarray) -> np.ndarray:
-        shape = (self.size, self.size, 3)
-        if not isinstance(image, np.ndarray):
-            raise InputError(f"{name} must be uint8 [H, W, 3] = {shape}, got {type(image).__name__}")
-        if image.dtype != np.uint8 or image.shape != shape:
-            raise InputError(f"{name} must be uint8 [H, W, 3] = {shape}, got {image.dtype} {image.shape}")
-        return image
+    def _check_idle(self, what: str) -> None:
+        if self._last is not None and not self._last.done():
+            raise InputError(f"{what} must wait for the frames under way: take the results of submit first")
 
 
-def _named(role: str, found: dict[str, Any]) -> dict[str, Any]:
-    """The key points of the source, driving or initial face under the names the `motion` graph takes them."""
-    return {f"{role}_{name}": found[name] for name in ("kp_value", "kp_jacobian")}
+def check_motion(motion: str, adapt_scale: bool) -> None:
+    """Refuse a motion that is not one of `MOTIONS`, and a scale that has nothing to scale."""
+    if motion not in MOTIONS:
+        raise InputError(f"motion must be {' or '.join(MOTIONS)}, got {motion!r}")
+    if adapt_scale and motion == "absolute":
+        raise InputError("adapt_scale scales relative motion: it cannot be used with motion='absolute'")
+
+
+def check_image(name: str, image: Any, size: int) -> np.ndarray:
+    """The image itself if it is uint8 [size, size, 3]; InputError otherwise."""
+    shape = (size, size, 3)
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"{name} must be uint8 [H, W, 3] = {shape}, got {type(image).__name__}")
+    if image.dtype != np.uint8 or image.shape != shape:
+        raise InputError(f"{name} must be uint8 [H, W, 3] = {shape}, got {image.dtype} {image.shape}")
+    return image
+
+
+def open_loaded(
+    bundle: Bundle, backend: str | backends.Backend, threads: int | None = None
+) -> tuple[backends.Backend, str]:
+    """A backend with a bundle that can animate, and why this one."""
+    if reason := bundle.cannot_reenact:
+        raise InputError(f"bundle {bundle.path} cannot animate: {reason}")
+    if not isinstance(backend, str):
+        return backend, "given by the caller"
+    opened, choice = backends.open_chosen(backend, bundle, threads)
+    return opened, choice.reason

@@ -755,8 +755,9 @@ def test_info_of_a_bundle_prints_its_manifest(tmp_path, monkeypatch, capsys):
     (tmp_path / "manifest.json").write_text("{}")
     monkeypatch.setattr(bundle.Bundle, "open", lambda path: path)
     monkeypatch.setattr(bundle, "describe", lambda opened: f"bundle {opened}")
+    monkeypatch.setattr(info, "describe_backends", lambda opened: f"backends for {opened}")
     assert run_info(str(tmp_path)) == 0
-    assert capsys.readouterr().out == f"bundle {tmp_path}\n"
+    assert capsys.readouterr().out == f"bundle {tmp_path}\n\nbackends for {tmp_path}\n"
     assert "brings its own" in refusal(run_info, str(tmp_path), "--depth", str(tmp_path))
 
 

@@ -28,6 +28,11 @@ def missing(bundle: Bundle | None = None) -> str | None:
 
 def open(bundle: Bundle, threads: int | None = None) -> TorchBackend:
     """Load the bundle's checkpoint; raises InputError if it was exported without one."""
+    return TorchBackend(load(bundle), threads)
+
+
+def load(bundle: Bundle) -> Any:
+    """The bundle's networks on the CPU, a dagan_rt.networks.model.Model; raises as `open`."""
     from dagan_rt import checkpoints
 
     if reason := missing(bundle):
@@ -36,7 +41,7 @@ def open(bundle: Bundle, threads: int | None = None) -> TorchBackend:
     model = checkpoints.load(bundle.weights, depth=bundle.depth_weights)
     if model.config != bundle.config:
         raise InputError(f"{bundle.weights}: the checkpoint's networks are not those that the manifest describes")
-    return TorchBackend(model, threads)
+    return model
 
 
 class TorchBackend:
@@ -52,8 +57,8 @@ class TorchBackend:
 
         if threads is not None:
             torch.set_num_threads(threads)  # PyTorch has one setting for the whole process
-        self._model = model.eval()
-        self._device = next(model.parameters()).device
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
         self._subnetworks = {subnetwork.name: subnetwork for subnetwork in subnetworks(model.config)}
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,13 +66,13 @@ class TorchBackend:
         import torch
 
         with torch.inference_mode():
-            return self._subnetworks[graph].run(self._model, inputs)
+            return self._subnetworks[graph].run(self.model, inputs)
 
     def from_image(self, image: np.ndarray) -> Any:
         """HWC uint8 RGB -> [1, 3, H, W] float32 in [0, 1]; the conversion happens on the device."""
         import torch
 
-        pixels = torch.from_numpy(np.array(image)).to(self._device)
+        pixels = torch.from_numpy(np.array(image)).to(self.device)
         return pixels.permute(2, 0, 1)[None].to(torch.float32).contiguous() / 255
 
     def to_image(self, prediction: Any) -> np.ndarray:
@@ -81,7 +86,7 @@ class TorchBackend:
         """A float32 tensor on the device."""
         import torch
 
-        return torch.from_numpy(np.array(values, np.float32)).to(self._device)
+        return torch.from_numpy(np.array(values, np.float32)).to(self.device)
 
     def to_numpy(self, array: Any) -> np.ndarray:
         """A float32 array."""

@@ -1,4 +1,4 @@
-"""`dagan-rt info`: what a checkpoint or an exported bundle holds."""
+"""`dagan-rt info`: what a checkpoint or an exported bundle holds, and which backend would run it here."""
 
 from __future__ import annotations
 
@@ -7,33 +7,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagan_rt.errors import InputError, require
+from dagan_rt.tables import printable
 
 if TYPE_CHECKING:
+    from dagan_rt.bundle import Bundle
     from dagan_rt.checkpoints import Checkpoint
 
 
 def add_parser(subparsers: Any) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("info", help="say what a checkpoint or a bundle holds")
-    parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint (.pth.tar) or bundle folder")
+    parser = subparsers.add_parser("info", help="say what a checkpoint or a bundle holds, and which backends run here")
+    parser.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="checkpoint (.pth.tar) or bundle folder; none: the backends"
+    )
     parser.add_argument("--depth", type=Path, metavar="DIR", help="folder with the checkpoint's encoder.pth, depth.pth")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit code."""
+    if args.file is None:
+        if args.depth is not None:
+            raise InputError("--depth goes with a checkpoint: give its file, too")
+        print(describe_backends())
+        return 0
     if (args.file / "manifest.json").is_file():
         from dagan_rt import bundle
 
         if args.depth is not None:
             raise InputError(f"--depth goes with a checkpoint, but {args.file} is a bundle, which brings its own")
-        print(bundle.describe(bundle.Bundle.open(args.file)))
+        opened = bundle.Bundle.open(args.file)
+        print(bundle.describe(opened), describe_backends(opened), sep="\n\n")
         return 0
     require("torch", extra="export", why="reading a checkpoint")
     from dagan_rt.checkpoints import inspect
 
     print(describe(inspect(args.file, args.depth)))
     return 0
+
+
+def describe_backends(bundle: Bundle | None = None) -> str:
+    """Each backend, best first, and whether it could run here, or run `bundle`; * marks what "auto" tries first."""
+    from dagan_rt import backends
+
+    choice = backends.choose(bundle)
+    rows = [f"{'*' if name == choice.name else ' '} {name:<22}{reason}" for name, reason in choice.reasons.items()]
+    return "\n".join(["  backend               why, or why not", *map(printable, rows)])
 
 
 def describe(checkpoint: Checkpoint) -> str:

@@ -1,7 +1,8 @@
-"""TensorRT and CuPy in imitation: the same names and rules, carried out by ONNX Runtime in host memory.
+"""TensorRT in imitation: the same names and rules, carried out by ONNX Runtime in the memory of the imitated driver.
 
-An engine is its ONNX graph. What is enqueued on a stream runs only when something waits for the stream or reads through
-it, so a backend that looks too early sees NaN. The names are those of the real packages: `foreign_names` compares.
+An engine is its ONNX graph. What is enqueued on a stream runs when the driver (tests/cuda) takes its turn, which may be
+late, so a backend that looks too early sees NaN; in a CUDA graph it is captured and replayed. The names are those of
+the real packages: `foreign_names` compares.
 tensorrt-11.4.json holds what `dir()` shows of classes in tensorrt_cu13_bindings 11.4.0.106.
 """
 
@@ -12,10 +13,9 @@ import enum
 import inspect
 import json
 import sys
-from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,7 @@ UNSUPPORTED = ("DeformConv", "Inverse")
 OWN = {"calls", "content", "model", "session", "graph"}
 
 calls: list[tuple[Any, ...]] = []  # what was asked of the library, in order
-_queues: dict[int, list[Callable[[], None]]] = {}  # enqueued work by stream
-waits: list[int] = []  # the streams the host waited for
-_kept: list[Any] = []  # device memory
-
-
-def flush(stream: int) -> None:
-    """Do the work of a stream, as the GPU would by itself."""
-    queue = _queues.pop(stream, [])
-    for work in queue:
-        work()
+driver: Any = None  # the imitated one, once installed
 
 
 def foreign_names(library: ModuleType, real: dict[str, set[str]]) -> set[str]:
@@ -75,7 +66,8 @@ def tensorrt(version: str = "11.4.0.106") -> ModuleType:
     for cls in (
         ILogger, Builder, IBuilderConfig, INetworkDefinition, ITensor, IOptimizationProfile, ITimingCache, OnnxParser,
         ParserError, Runtime, ICudaEngine, IExecutionContext, EngineInspector, Refitter, OnnxParserRefitter, DataType,
-        BuilderFlag, NetworkDefinitionCreationFlag, ProfilingVerbosity, LayerInformationFormat,
+        BuilderFlag, NetworkDefinitionCreationFlag, ExecutionContextAllocationStrategy, ProfilingVerbosity,
+        LayerInformationFormat,
     ):  # fmt: skip
         setattr(library, cls.__name__, cls)
     return library
@@ -87,6 +79,10 @@ class DataType(enum.Enum):
 
 class BuilderFlag(enum.Enum):
     TF32, STRIP_PLAN, REFIT_IDENTICAL = range(3)
+
+
+class ExecutionContextAllocationStrategy(enum.Enum):
+    STATIC, USER_MANAGED = 0, 2
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
@@ -263,7 +259,7 @@ class Runtime:
 
 
 class ICudaEngine:
-    device_memory_size_v2 = 0
+    device_memory_size_v2 = 512
 
     def __init__(self, content: bytes) -> None:
         import onnx
@@ -295,8 +291,8 @@ class ICudaEngine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return ITensor(next(value for value in self._tensors if value.name == name)).dtype
 
-    def create_execution_context(self) -> IExecutionContext:
-        return IExecutionContext(self)
+    def create_execution_context(self, strategy: Any = ExecutionContextAllocationStrategy.STATIC) -> IExecutionContext:
+        return IExecutionContext(self, strategy)
 
     def create_engine_inspector(self) -> EngineInspector:
         return EngineInspector(self)
@@ -311,9 +307,14 @@ class EngineInspector:
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine) -> None:
+    def __init__(self, engine: ICudaEngine, strategy: Any) -> None:
         self.graph = engine
         self.content: dict[str, Any] = {}  # shapes and addresses
+        self.session = strategy
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        calls.append(("set_device_memory", memory, size))
+        self.content["scratch"] = memory, size
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         calls.append(("set_input_shape", name, shape))
@@ -326,17 +327,22 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        bound = dict(self.content)
+        if self.session is ExecutionContextAllocationStrategy.USER_MANAGED:
+            assert self.content["scratch"][1] >= self.graph.device_memory_size_v2
+        content = self.content
+        bound, captured = dict(content), driver.captures(stream_handle)
         inputs, outputs = self.graph.model.graph.input, self.graph.model.graph.output
 
         def work() -> None:
+            assert content == bound or not captured, "the context was changed after it was captured"
+            if "scratch" in bound:  # nothing else may be in it meanwhile, nothing may expect to find it as it was
+                _memory(bound["scratch"][0], (bound["scratch"][1] // 4,))[:] = np.nan
             arrays = {x.name: _memory(bound[x.name], bound[f"shape of {x.name}"]) for x in inputs}
             for output, result in zip(outputs, self.graph.session.run([x.name for x in outputs], arrays), strict=True):
                 _memory(bound[output.name], result.shape)[:] = result
 
         calls.append(("execute_async_v3", stream_handle))
-        _queues.setdefault(stream_handle, []).append(work)
-        return True
+        return driver.enqueue(stream_handle, work) == 0
 
 
 class Refitter:
@@ -364,15 +370,11 @@ def _memory(address: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CuPy
+# Another library's arrays
 
 
 class DeviceArray(np.ndarray):
-    """Memory that calls itself a GPU's. It stays: a stream-ordered allocator keeps it until the work is done."""
-
-    def __array_finalize__(self, other: Any) -> None:
-        _kept.append(self)
+    """Memory of the GPU that is seen through the interface only."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -382,70 +384,34 @@ class DeviceArray(np.ndarray):
 
 
 def on_device(values: np.ndarray) -> DeviceArray:
-    """A copy in device memory."""
-    return np.array(values, copy=True, order="K").view(DeviceArray)
+    """A copy in device memory, of the same strides."""
+    from dagan_rt.kernels import _devices
 
-
-class _Stream:
-    current = 0
-
-    def __init__(self, non_blocking: bool = False, ptr: int | None = None) -> None:
-        self.ptr = 0x1000 + id(self) if ptr is None else ptr
-
-    @classmethod
-    def from_external(cls, stream: Any) -> _Stream:
-        return cls(ptr=stream.__cuda_stream__()[1])
-
-    def __enter__(self) -> None:
-        self.before, _Stream.current = _Stream.current, self.ptr
-
-    def __exit__(self, *error: object) -> None:
-        _Stream.current = self.before
-
-
-def cupy() -> ModuleType:
-    """A module that imitates what is used of `cupy`."""
-
-    def array(values: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> DeviceArray:
-        assert type(values) is np.ndarray
-        return on_device(np.array(values, dtype, order=order))  # type: ignore[call-overload]
-
-    def empty(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        return on_device(np.full(shape, np.nan, dtype))
-
-    def asarray(values: DeviceArray) -> DeviceArray:
-        flush(_Stream.current)  # the kernels that read it come after the work enqueued before
-        return values
-
-    def asnumpy(values: DeviceArray) -> np.ndarray:
-        waits.append(_Stream.current)
-        flush(_Stream.current)
-        return np.array(values)
-
-    module = ModuleType("cupy")
-    module.__spec__ = ModuleSpec("cupy", None)
-    vars(module).update(
-        array=array, empty=empty, asarray=asarray, asnumpy=asnumpy, ascontiguousarray=_ascontiguousarray,
-        clip=np.clip, rint=np.rint,
-        cuda=SimpleNamespace(Stream=_Stream),
-    )  # fmt: skip
-    return module
-
-
-def _ascontiguousarray(values: DeviceArray, dtype: Any = None) -> DeviceArray:
-    return on_device(np.ascontiguousarray(values, dtype))
+    dense = np.array(values, copy=True, order="K")
+    memory = (ctypes.c_ubyte * dense.nbytes).from_address(_devices.device(0).reserve(max(dense.nbytes, 1), "an array"))
+    found = np.ndarray(dense.shape, dense.dtype, memory, 0, dense.strides)
+    found[...] = dense
+    return found.view(DeviceArray)
 
 
 def install(patch: pytest.MonkeyPatch, version: str = "11.4.0.106", capability: str | None = "8.9") -> ModuleType:
-    """Let the imitations stand in for `tensorrt` and `cupy`, and a GPU be there; returns the former."""
-    from dagan_rt import engines
+    """Let the imitations stand in for `tensorrt` and libcuda, and run kernels emulated; returns the former."""
+    from dagan_rt import engines, plugins
     from dagan_rt.export import tensorrt as export
 
+    global driver
+    for folder in ("cuda", "kernels"):
+        if (path := str(Path(__file__).parents[1] / folder)) not in sys.path:
+            sys.path.insert(0, path)
+    import emulated
+    import imitated_driver
+
+    driver = imitated_driver.install(patch)
+    imitated_driver.emulate(patch, driver, emulated.EmulatedDevice())
     library = tensorrt(version)
     calls.clear()
-    waits.clear()
     patch.setitem(sys.modules, "tensorrt", library)
-    patch.setitem(sys.modules, "cupy", cupy())
+    patch.setattr(plugins, "missing", lambda: None)
     for module in (engines, export):
         patch.setattr(module, "compute_capability", lambda: capability)
     return library
