@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dagan_rt import __version__
-from dagan_rt.errors import InputError
+from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.tables import printable
 
-COMMANDS = ("animate", "info", "train", "heads")
+COMMANDS = ("animate", "info", "train", "heads", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(program: str, run: Callable[[], int]) -> int:
     """Run a command and turn what went wrong into an exit code.
 
-    0 done; 2 bad input or a file that cannot be read or written, with one sentence on stderr; 130 interrupted;
-    141 when whatever read our output went away.
+    0 done; 2 bad input, a lost GPU, or a file that cannot be read or written, with one sentence on stderr;
+    130 interrupted; 141 when whatever read our output went away.
     """
     try:
         code = run()
@@ -51,7 +51,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         # The interpreter flushes stdout once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except InputError as error:
+    except (InputError, DeviceLost) as error:
         message = str(error)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -344,11 +344,11 @@ class VideoWriter:
                     self._audio.close()
                 self._container.mux(self._stream.encode())
                 self._container.close()
+            self._file.commit()
         except BaseException:
             self.discard()
             raise
         self._closed = True
-        self._file.commit()
 
     def discard(self) -> None:
         """Give the file up: nothing new is left on the disk."""

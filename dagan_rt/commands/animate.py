@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import pkgutil
 import signal
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy as np
+
+    from dagan_rt.pipeline import Summary
+    from dagan_rt.reenactor import Reenactor
+    from dagan_rt.video import Frame, VideoReader, VideoWriter
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,12 +48,24 @@ def add_parser(subparsers: Any) -> None:
         help="measure motion from the driving frame whose pose is nearest to the portrait's (reads the video twice)",
     )
     parser.add_argument("--side-by-side", action="store_true", help="show portrait, driving frame and result in a row")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto (default), onnxruntime or torch")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help=f"auto (default: the fastest that runs here), {', '.join(_backends())}",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the backend (default: its own choice)")
     parser.add_argument(
         "--crf", type=int, default=18, metavar="N", help="H.264 quality from 0 (lossless) to 51, default 18"
     )
     parser.set_defaults(run=run)
+
+
+def _backends() -> list[str]:
+    """The names of the backends, without importing them: the help of every command is put together here."""
+    folder = Path(__file__).parents[1] / "backends"
+    modules = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    return [module.replace("_", "-") for module in modules if not module.startswith("_")]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,8 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_options(arguments)
     check_output(arguments.out, WRITABLE, inputs=[arguments.source, arguments.driving])
     portrait = read_image(arguments.source)
-    with VideoReader(arguments.driving) as reader:
-        reenactor = _reenactor(arguments)
+    with VideoReader(arguments.driving) as reader, _reenactor(arguments) as reenactor:
         source = center_square(portrait, reenactor.size)
         reenactor.set_source(source)
         with stop_on_interrupt() as interrupted:
@@ -71,10 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
                 if initial is not None:
                     reenactor.reset()
                     reenactor.drive(initial)
-            times = _animate(arguments, reenactor, source, reader, interrupted)
-        if times:
-            _report(arguments, reenactor, reader, times)
-        return 130 if interrupted.is_set() else 0
+            summary = None if interrupted.is_set() else _animate(arguments, reenactor, source, reader, interrupted)
+        if summary is not None and summary.model:
+            _report(arguments, reenactor, reader, summary)
+    if not interrupted.is_set():
+        return 0
+    left = "the result ends here" if summary is not None and summary.model else "nothing was written"
+    print(f"interrupted: {left}", file=sys.stderr)
+    return 130
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -90,7 +109,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
             )
 
 
-def _reenactor(arguments: argparse.Namespace) -> Any:
+def _reenactor(arguments: argparse.Namespace) -> Reenactor:
     from dagan_rt.reenactor import Reenactor
 
     options = {} if arguments.threads is None else {"threads": arguments.threads}
@@ -105,15 +124,20 @@ def _reenactor(arguments: argparse.Namespace) -> Any:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C sets, so that work stops between two frames; a second Ctrl-C interrupts at once."""
+    """Give an event that Ctrl-C sets, so that work stops between two frames; a second Ctrl-C interrupts at once.
+
+    Any further one is ignored: it could only keep what was begun from being deleted.
+    """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
 
     def note(number: int, frame: Any) -> None:
+        if interrupted.is_set():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise KeyboardInterrupt
         interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -123,31 +147,42 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 
 def find_best_frame(
-    reenactor: Any, source: np.ndarray, driving: Path, interrupted: threading.Event
+    reenactor: Reenactor, source: np.ndarray, driving: Path, interrupted: threading.Event
 ) -> np.ndarray | None:
     """The driving frame, cropped to the model's size, whose face is posed most like the source's.
 
     Distance is the squared distance of the key points once both faces are centred and scaled to hull area 1. The
     clip is read through once and one frame is kept. None if no frame has key points that span an area.
     """
-    from dagan_rt.images import center_square
+    from dagan_rt.pipeline import read_ahead
     from dagan_rt.video import VideoReader
 
     wanted = _normalised(reenactor.keypoints(source).value)
     best, best_distance = None, float("inf")
     if wanted is None:
         return None
-    with VideoReader(driving) as reader, _progress(reader, "finding the best frame") as bar:
-        for image in reader:
+    with (
+        VideoReader(driving) as reader,
+        _progress(reader, "finding the best frame") as bar,
+        read_ahead(_cropped(reader, reenactor.size)) as frames,
+    ):
+        for frame in frames:
             if interrupted.is_set():
                 break
-            frame = center_square(image, reenactor.size)
-            shape = _normalised(reenactor.keypoints(frame).value)
+            shape = _normalised(reenactor.keypoints(frame.image).value)
             distance = float("inf") if shape is None else float(((shape - wanted) ** 2).sum())
             if distance < best_distance:
-                best, best_distance = frame, distance
+                best, best_distance = frame.image, distance
             bar.update()
     return best
+
+
+def _cropped(reader: VideoReader, size: int) -> Iterator[Frame]:
+    """The frames of a clip as the model takes them."""
+    from dagan_rt.images import center_square
+
+    for frame in reader.timed():
+        yield frame._replace(image=center_square(frame.image, size))
 
 
 def _normalised(points: np.ndarray) -> np.ndarray | None:
@@ -164,58 +199,75 @@ def _normalised(points: np.ndarray) -> np.ndarray | None:
 
 
 def _animate(
-    arguments: argparse.Namespace, reenactor: Any, source: np.ndarray, reader: Any, interrupted: threading.Event
-) -> list[float]:
-    """Write the result; returns the seconds that each frame took the model."""
+    arguments: argparse.Namespace,
+    reenactor: Reenactor,
+    source: np.ndarray,
+    reader: VideoReader,
+    interrupted: threading.Event,
+) -> Summary:
+    """Write the result; what was done before an error is kept."""
     import numpy as np
 
-    from dagan_rt.images import center_square
+    from dagan_rt import pipeline
     from dagan_rt.video import VideoWriter
 
-    times: list[float] = []
-    if interrupted.is_set():
-        return times
     size = reenactor.size
-    width = 3 * size if arguments.side_by_side else size
     writer = VideoWriter(
         arguments.out,
         reader.fps,
-        width,
+        3 * size if arguments.side_by_side else size,
         size,
         audio_from=arguments.driving if reader.has_audio else None,
         crf=arguments.crf,
         time_base=reader.time_base,
     )
     with writer, _progress(reader, "animating") as bar:
-        for image, moment, duration in reader.timed():
-            if interrupted.is_set():
-                break
-            frame = center_square(image, size)
-            start = time.perf_counter()
-            result = reenactor.drive(frame)
-            times.append(time.perf_counter() - start)
-            shown = np.concatenate([source, frame, result], axis=1) if arguments.side_by_side else result
-            writer.write(shown, moment, duration)
+
+        def write(frame: Frame, result: np.ndarray) -> None:
+            shown = np.concatenate([source, frame.image, result], axis=1) if arguments.side_by_side else result
+            writer.write(shown, frame.time, frame.duration)
             bar.update()
-    return times
+
+        try:
+            return pipeline.run(_cropped(reader, size), reenactor, write, interrupted)
+        except Exception as error:
+            kept = _keep(writer)
+            # Out of memory, a device lost, whatever an engine refuses: no bugs, and tracebacks would say no more.
+            if isinstance(error, (InputError, MemoryError, RuntimeError)):
+                raise InputError(f"{str(error) or 'out of memory'}{kept and '; '}{kept}") from error
+            if kept:
+                print(kept, file=sys.stderr)
+            raise
 
 
-def _progress(reader: Any, what: str) -> Any:
+def _keep(writer: VideoWriter) -> str:
+    """Finish a clip that was cut short, and say what it holds; "" if nothing is left of it."""
+    try:
+        writer.close()
+    except (InputError, OSError):  # a full disk, say, which then was the error in the first place
+        return ""
+    count = writer.frames_written
+    return f"the {count} frames before that are in {writer.path}" if count else ""
+
+
+def _progress(reader: VideoReader, what: str) -> Any:
     from tqdm import tqdm
 
     # disable=None: no bar where stderr is not a terminal.
     return tqdm(total=reader.frame_count, desc=what, unit="frame", disable=None, leave=False)
 
 
-def _report(arguments: argparse.Namespace, reenactor: Any, reader: Any, times: list[float]) -> None:
+def _report(arguments: argparse.Namespace, reenactor: Reenactor, reader: VideoReader, summary: Summary) -> None:
     import numpy as np
 
-    milliseconds = np.array(times) * 1000
+    milliseconds = np.array(summary.model) * 1000
     p50, p95 = np.percentile(milliseconds, (50, 95))
+    count, busy = len(milliseconds), summary.busy()
+    shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in busy.items())
     print(
-        f"{len(times)} frames at {float(reader.fps):.4g} a second; {milliseconds.mean():.1f} ms a frame "
-        f"(p50 {p50:.1f}, p95 {p95:.1f}) with {reenactor.backend_name}"
+        f"{count} frames (of {float(reader.fps):.4g} a second) in {summary.wall:.2f} s: {count / summary.wall:.1f} a "
+        f"second; the model took {milliseconds.mean():.1f} ms a frame (p50 {p50:.1f}, p95 {p95:.1f})"
     )
-    if len(times) < reader.frames_read:
-        print("interrupted: the result ends here", file=sys.stderr)
+    print(f"busy: {shares} of the time; the slowest part: {max(busy, key=lambda part: busy[part])}")
+    print(f"backend {reenactor.backend_name}: {reenactor.backend_reason}")
     print(f"wrote {arguments.out}")

@@ -6,9 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -17,7 +18,10 @@ import pytest
 from PIL import Image
 
 from dagan_rt.cli import main
+from dagan_rt.errors import DeviceLost, InputError
+from dagan_rt.files import AtomicFile
 from dagan_rt.keypoints import KeyPoints
+from dagan_rt.transfer import hull_area
 
 SIZE = 32
 LEVELS = [60, 80, 100, 120, 140, 160, 180, 200]  # gray levels of the frames of a clip, which tell them apart
@@ -27,13 +31,16 @@ class StandIn:
     """Answers a frame of gray level g with one of level 255 - g, and remembers what it was asked."""
 
     made: list[StandIn] = []
+    ahead = 1
     during: Callable[[int], None] | None = None  # called with the number of each frame to drive
 
     def __init__(
         self, bundle: Any, backend: str = "auto", motion: str = "relative", adapt_scale: bool = False, **more: Any
     ):
         self.options = {"bundle": bundle, "backend": backend, "motion": motion, "adapt_scale": adapt_scale, **more}
-        self.size, self.backend_name = SIZE, "stand-in"
+        self.size, self.backend_name, self.backend_reason = SIZE, "stand-in", "nothing else is here"
+        self.frames = SimpleNamespace(ahead=StandIn.ahead)
+        self.closed = False
         self.driven: list[int] = []
         self.resets: list[int] = []
         StandIn.made.append(self)
@@ -46,11 +53,20 @@ class StandIn:
         self.resets.append(len(self.driven))
 
     def drive(self, frame: np.ndarray) -> np.ndarray:
+        return self.submit(frame).result()[0]
+
+    def submit(self, frame: np.ndarray) -> Any:
         assert frame.shape == (SIZE, SIZE, 3) and frame.dtype == np.uint8
         if StandIn.during is not None:
             StandIn.during(len(self.driven))
         self.driven.append(level(frame))
-        return 255 - frame
+        return SimpleNamespace(result=lambda: 255 - frame[None])
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
 
     def keypoints(self, frame: np.ndarray) -> KeyPoints:
         """Four points whose aspect follows the gray level; where they are and how large says nothing."""
@@ -72,17 +88,21 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("dagan_rt.reenactor.Reenactor", StandIn)
 
 
-def make_clip(path: Path, levels: list[int], audio: bool = False, size: tuple[int, int] = (64, 48)) -> Path:
+def make_clip(path: Path, levels: list[int], audio: bool = False) -> Path:
+    return write_clip(path, [np.full((48, 64, 3), gray, np.uint8) for gray in levels], audio)
+
+
+def write_clip(path: Path, images: Sequence[np.ndarray], audio: bool = False) -> Path:
     with av.open(str(path), "w") as output:
         stream: Any = output.add_stream("libx264", rate=Fraction(25), options={"crf": "5"})
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.height, stream.width, _ = images[0].shape
+        stream.pix_fmt = "yuv420p"
         sound: Any = output.add_stream("aac", rate=48000, layout="mono") if audio else None
-        for gray in levels:
-            image = np.full((size[1], size[0], 3), gray, np.uint8)
+        for image in images:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         output.mux(stream.encode())
         if audio:
-            tone = np.sin(np.arange(len(levels) * 1920) * 0.05).astype(np.float32)[None] * 0.5
+            tone = np.sin(np.arange(len(images) * 1920) * 0.05).astype(np.float32)[None] * 0.5
             block = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
             block.sample_rate, block.pts = 48000, 0
             output.mux(sound.encode(block))
@@ -123,8 +143,15 @@ def test_each_frame_is_driven_and_written_in_step(files: dict[str, Path], capsys
         assert (stream.codec_context.width, stream.codec_context.height) == (SIZE, SIZE)
         assert stream.average_rate == 25 and container.streams.audio
     said = capsys.readouterr()
-    assert re.search(r"8 frames .* ms a frame \(p50 .*, p95 .*\) with stand-in", said.out)
-    assert str(files["out"]) in said.out and said.err == ""
+    assert re.fullmatch(
+        r"8 frames \(of 25 a second\) in [\d.]+ s: [\d.]+ a second; "
+        r"the model took [\d.]+ ms a frame \(p50 [\d.]+, p95 [\d.]+\)\n"
+        r"busy: reading \d+ %, model \d+ %, writing \d+ % of the time; the slowest part: (reading|model|writing)\n"
+        r"backend stand-in: nothing else is here\n"
+        f"wrote {files['out']}\n",
+        said.out,
+    )
+    assert said.err == "" and StandIn.made[0].closed
     assert [entry.name for entry in files["out"].parent.iterdir()] == ["out.mp4"]
 
 
@@ -218,7 +245,27 @@ def test_ctrl_c_twice_leaves_nothing(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_the_first_frame_leaves_nothing(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_twice_while_the_file_is_put_in_place(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(descriptor: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    def once_more(file: AtomicFile) -> None:
+        signal.raise_signal(signal.SIGINT)
+        original(file)
+
+    original = AtomicFile.discard
+    monkeypatch.setattr("os.fsync", interrupt)
+    monkeypatch.setattr(AtomicFile, "discard", once_more)
+    files["out"].write_text("what was there before")
+    assert animate(files) == 130
+    assert [entry.name for entry in files["out"].parent.iterdir()] == ["out.mp4"]
+    assert files["out"].read_text() == "what was there before"
+
+
+def test_ctrl_c_before_the_first_frame_leaves_nothing(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(self: StandIn, frame: np.ndarray) -> KeyPoints:
         signal.raise_signal(signal.SIGINT)
         return original(self, frame)
@@ -227,6 +274,7 @@ def test_ctrl_c_before_the_first_frame_leaves_nothing(files: dict[str, Path], mo
     monkeypatch.setattr(StandIn, "keypoints", interrupt)
     assert animate(files, "--find-best-frame") == 130
     assert list(files["out"].parent.iterdir()) == []
+    assert capsys.readouterr() == ("", "interrupted: nothing was written\n")
 
 
 def test_bad_input_is_one_sentence_and_no_output(
@@ -272,15 +320,58 @@ def test_a_bundle_that_cannot_be_used_leaves_no_output(
     assert list(files["out"].parent.iterdir()) == []
 
 
-def test_a_model_that_fails_leaves_no_output(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(number: int) -> None:
-        if number == 3:
-            raise RuntimeError("out of memory")
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (DeviceLost("the GPU was reset: start the program again"), "the GPU was reset: start the program again"),
+        (InputError("no memory for a frame: close other programs"), "no memory for a frame: close other programs"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_device_that_fails_keeps_what_was_done(
+    files: dict[str, Path],
+    error: Exception,
+    sentence: str,
+    ahead: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fail_at(3, error, monkeypatch)
+    monkeypatch.setattr(StandIn, "ahead", ahead)
+    assert animate(files) == 2
+    said = capsys.readouterr()
+    assert said.err == f"dagan-rt: error: {sentence}; the 3 frames before that are in {files['out']}\n"
+    assert said.out == "" and StandIn.made[0].closed
+    np.testing.assert_allclose(levels_of(files["out"]), 255 - np.array(LEVELS[:3]), atol=4)
+    assert [entry.name for entry in files["out"].parent.iterdir()] == ["out.mp4"]
+
+
+def test_a_device_that_fails_at_once_leaves_nothing(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(0, DeviceLost("the GPU was reset"), monkeypatch)
+    assert animate(files) == 2
+    assert capsys.readouterr().err == "dagan-rt: error: the GPU was reset\n"
+    assert list(files["out"].parent.iterdir()) == []
+
+
+def test_a_bug_is_not_hidden(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(3, TypeError("that should not have happened"), monkeypatch)
+    with pytest.raises(TypeError, match="should not"):
+        animate(files)
+    assert capsys.readouterr().err == f"the 3 frames before that are in {files['out']}\n"
+    assert len(levels_of(files["out"])) == 3
+
+
+def fail_at(number: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(current: int) -> None:
+        if current == number:
+            raise error
 
     monkeypatch.setattr(StandIn, "during", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        animate(files)
-    assert list(files["out"].parent.iterdir()) == []
 
 
 def test_a_damaged_clip_gives_what_is_there(files: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
@@ -298,51 +389,135 @@ def test_a_damaged_clip_gives_what_is_there(files: dict[str, Path], caplog: pyte
     assert 5 < count < 60 and f"only its first {count} frames" in caplog.text
 
 
-def test_a_full_disk_is_one_sentence(files: dict[str, Path]) -> None:
-    script = (
-        "import resource, sys, numpy as np, dagan_rt.reenactor\n"
-        "from dagan_rt.cli import main\n"
-        "noise = np.random.default_rng(0)\n"
-        "class Model:\n"
-        "    size, backend_name = 64, 'noise'\n"
-        "    def __init__(self, *a, **k): pass\n"
-        "    def set_source(self, image): pass\n"
-        "    def drive(self, frame): return noise.integers(0, 256, frame.shape, dtype=np.uint8)\n"
-        "dagan_rt.reenactor.Reenactor = Model\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    make_clip(files["driving"], LEVELS * 4)
+# A program that runs animate with a model of noise; `held` may hold it up before each frame, by its number.
+PROGRAM = """
+import os, resource, sys, numpy as np, dagan_rt.reenactor
+from types import SimpleNamespace
+from dagan_rt.cli import main
+noise = np.random.default_rng(0)
+class Model:
+    size, backend_name, backend_reason, frames = 64, 'noise', '', SimpleNamespace(ahead=1)
+    number = -1
+    def __init__(self, *a, **k): pass
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+    def set_source(self, image): pass
+    def submit(self, frame):
+        self.number += 1
+        held(self.number)
+        image = noise.integers(0, 256, (1, *frame.shape), dtype=np.uint8)
+        return SimpleNamespace(result=lambda: image)
+dagan_rt.reenactor.Reenactor = Model
+"""
+
+
+def program(files: dict[str, Path], more: str, *options: str) -> list[str]:
     named = [part for name, path in files.items() for part in (f"--{name}", str(path))]
-    done = subprocess.run(
-        [sys.executable, "-c", script, "animate", *named, "--crf", "1"], capture_output=True, text=True, check=False
-    )
+    return [sys.executable, "-c", f"{PROGRAM}{more}sys.exit(main(sys.argv[1:]))\n", "animate", *named, *options]
+
+
+def test_a_full_disk_is_one_sentence(files: dict[str, Path]) -> None:
+    limited = "held = lambda number: None\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+    make_clip(files["driving"], LEVELS * 4)
+    done = subprocess.run(program(files, limited, "--crf", "1"), capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"dagan-rt: error: {files['out']}: File too large\n"
     assert list(files["out"].parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [(), ("--absolute",), ("--find-best-frame", "--side-by-side")])
-def test_with_a_real_bundle(
-    files: dict[str, Path], tiny_bundle: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+# At frame 20 it says so and waits for a line, as often as it is to be interrupted.
+ASKING = """
+def held(number):
+    if number == 20:
+        for _ in range({times}):
+            print('here', flush=True)
+            sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_from_a_terminal(files: dict[str, Path], times: int) -> None:
+    make_clip(files["driving"], LEVELS * 10, audio=True)
+    command = program(files, ASKING.format(times=times))
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for _ in range(times):
+            assert process.stdout.readline() == "here\n"
+            process.send_signal(signal.SIGINT)
+            process.stdin.write("go on\n")
+            process.stdin.flush()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    if times == 2:
+        assert errors == "dagan-rt: interrupted\n" and list(files["out"].parent.iterdir()) == []
+        return
+    assert errors == "interrupted: the result ends here\n"
+    with av.open(str(files["out"])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 21
+    with av.open(str(files["out"])) as container:
+        sound = sum(frame.samples for frame in container.decode(audio=0)) / 48000
+    assert abs(sound - 21 / 25) < 0.05  # a block of sound is 21 ms
+    assert [entry.name for entry in files["out"].parent.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--absolute",), ("--adapt-scale",), ("--find-best-frame",), ("--side-by-side",)]
+)
+def test_every_pixel_is_that_of_one_frame_after_the_other(
+    files: dict[str, Path],
+    tiny_bundle: Path,
+    options: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from dagan_rt.images import center_square, read_image
     from dagan_rt.reenactor import Reenactor
-    from dagan_rt.video import VideoReader
+    from dagan_rt.video import VideoReader, VideoWriter
 
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (80, 70, 3), dtype=np.uint8)).save(files["source"])
-    assert animate(files, *options, "--threads", "1", "--crf", "1", bundle=tiny_bundle) == 0
-    assert re.search("with (onnxruntime|torch)", capsys.readouterr().out)
+    faces = rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    write_clip(files["driving"], faces)
+    encoded: list[np.ndarray] = []
+    original = VideoWriter.write
 
-    model = Reenactor(tiny_bundle, motion="absolute" if "--absolute" in options else "relative", threads=1)
-    model.set_source(center_square(read_image(files["source"]), model.size))
-    with VideoReader(files["out"]) as reader:
-        written = list(reader)
-    assert len(written) == len(LEVELS) and written[0].shape[0] == model.size
-    if "--find-best-frame" not in options:
-        with VideoReader(files["driving"]) as reader:
-            for frame, shown in zip(reader, written, strict=True):
-                expected = model.drive(center_square(frame, model.size))
-                # H.264 keeps colour at half the resolution, so brightness is what can be compared.
-                assert np.abs(expected.mean(axis=2) - shown.mean(axis=2)).mean() < 12
+    def write(writer: VideoWriter, image: np.ndarray, *when: Any) -> None:
+        encoded.append(image)
+        original(writer, image, *when)
+
+    monkeypatch.setattr(VideoWriter, "write", write)
+    common = ("--backend", "onnxruntime", "--threads", "1")
+    assert animate(files, *common, *options, bundle=tiny_bundle) == 0
+    assert "backend onnxruntime: asked for by name\n" in capsys.readouterr().out
+
+    motion = "absolute" if "--absolute" in options else "relative"
+    model = Reenactor(tiny_bundle, "onnxruntime", motion, "--adapt-scale" in options, threads=1)
+    source = center_square(read_image(files["source"]), model.size)
+    model.set_source(source)
+    with VideoReader(files["driving"]) as reader:
+        frames = [center_square(image, model.size) for image in reader]
+    if "--find-best-frame" in options:
+        shapes = [shape_of(model.keypoints(face).value[0]) for face in [source, *frames]]
+        model.drive(frames[int(np.argmin([((shape - shapes[0]) ** 2).sum() for shape in shapes[1:]]))])
+    expected = [model.drive(frame) for frame in frames]
+    if "--side-by-side" in options:
+        expected = [np.concatenate([source, *pair], axis=1) for pair in zip(frames, expected, strict=True)]
+    assert len(expected) == 12 and len({image.tobytes() for image in expected}) == 12
+    np.testing.assert_array_equal(encoded, expected)
+    assert len(levels_of(files["out"])) == 12
+
+
+def shape_of(points: np.ndarray) -> np.ndarray:
+    """Key points around their mean, with hull area 1."""
+    return (points - points.mean(axis=0)) / np.sqrt(hull_area(points.astype(np.float64)))
+
+
+def test_the_help_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    from dagan_rt import backends
+
+    with pytest.raises(SystemExit):
+        main(["animate", "--help"])
+    named = re.search(r"--backend NAME\s+auto \([^)]*\), (.*?)\s+--threads", capsys.readouterr().out, re.DOTALL)
+    assert named and sorted(re.sub(r"-\s+", "-", named[1]).replace(",", " ").split()) == sorted(backends.names())
