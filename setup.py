@@ -33,6 +33,7 @@ BINDINGS = 'tensorrt-cu13-bindings>=10.9; platform_machine == "x86_64" and sys_p
 
 # PyAV 19 renamed much of what reading and muxing uses.
 RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=16,<19", "pillow>=10.1", "tqdm>=4.66", TOMLI]
+OPENVINO = "openvino>=2026.0"  # an extra, not a requirement: fewer platforms have it than ONNX Runtime
 EXPORT = [TORCH, "onnx>=1.17", "onnxscript>=0.1", "onnxsim>=0.4.36"]
 TRAIN = [TORCH, "matplotlib>=3.8"]
 CUDA = [CUPY, "ml_dtypes>=0.4", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"]
@@ -75,12 +76,14 @@ setup(
     extras_require={
         "torch": [TORCH],
         "export": EXPORT,
+        "openvino": [OPENVINO],
+        "bench": [TORCH, "matplotlib>=3.8"],
         "train": TRAIN,
         "cuda": CUDA,
         "pycuda": ["pycuda>=2025.1"],  # builds from source: needs a compiler and the CUDA Toolkit
         "tensorrt": ["tensorrt-cu13>=10.8", CUPY],
         "tensorrt-rtx": [TENSORRT_RTX, CUPY],
-        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX}),
+        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX, OPENVINO}),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
 )

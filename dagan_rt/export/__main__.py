@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from dagan_rt.cli import guarded
 from dagan_rt.errors import InputError
-from dagan_rt.export.plan import BUDGETS, OPSETS, TARGETS, Plan, read_plan
+from dagan_rt.export.plan import BUDGETS, OPSETS, REWRITES, TARGETS, Plan, read_plan
 from dagan_rt.export.tensorrt import PORTABLE
 
 
@@ -81,6 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--plugins", metavar="KIND",
         help="put the CUDA kernels of dagan-rt into engines: python (dagan-rt must be there when they run) or aot "
         "(compiled in, for tensorrt 10.9 and Triton, experimental)",
+    )  # fmt: skip
+    option(
+        "--rewrites", metavar="FOR",
+        help=f"what the graphs are rewritten for, of {', '.join(REWRITES)} (default cpu; none leaves them as traced)",
     )  # fmt: skip
     return parser
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dagan_rt.networks.model import Model
 
 TIMED_RUNS = 5
-#: The graphs in which benchmarks/graph_passes.py saw the rewrites pay: on CPUs, and in int8 not the first of the two.
-REWRITTEN = ("motion", "generator", "decoder")
+#: The graphs in which benchmarks/graph_passes.py saw the rewrites pay, on CPUs.
+REWRITTEN = ("motion", "generator", "attention", "decoder")
 
 
 def candidates(plan: Plan) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def write_graphs(
     model: Model, declared: Sequence[Subnetwork], plan: Plan, folder: Path, report: Callable[[str], None]
 ) -> None:
     """Write every graph in every candidate precision to `folder`, under the names of `file_name`."""
-    from dagan_rt.export import calibration, onnx, passes, precision
+    from dagan_rt.export import attention, calibration, onnx, passes, precision, winograd
 
     samples: dict[str, list[calibration.Arrays]] = {}
     if plan.calibrate:
@@ -46,12 +46,15 @@ def write_graphs(
         for candidate in candidates(plan):
             graph = type(traced)()
             graph.CopyFrom(traced)
-            rewritten = subnetwork.name in REWRITTEN and not plan.flavours
-            if candidate == "fp32" and rewritten:
-                passes.transpose_upsampling(graph)
+            rewritten = subnetwork.name in REWRITTEN and plan.rewritten_for_cpus
+            if rewritten and (candidate == "fp32" or (candidate == "int8" and plan.rewrites == "openvino")):
+                passes.transpose_upsampling(graph)  # ONNX Runtime has no int8 ConvTranspose
+            if rewritten and candidate == "fp32":
+                winograd.filter_minimally(graph)
             graph = precision.lower(graph, candidate, subnetwork.trunks, samples.get(subnetwork.name))
             if candidate != "fp16" and rewritten:
                 passes.block_narrow_convolutions(graph)
+                attention.block_attention(graph, int8=candidate == "int8")
             onnx.save(graph, folder / file_name(subnetwork.name, candidate))
 
 

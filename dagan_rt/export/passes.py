@@ -7,6 +7,7 @@ name and its output's. Where a pass pays depends on what runs the graph: `benchm
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,11 +34,11 @@ def transpose_upsampling(model: ModelProto) -> int:
     # u[2m] and u[2m + 1], so its weight in y[i] is w[2 - s] + w[3 - s], s = i - 2m + 1 (w is 0 outside 0..2): a
     # transposed convolution, 4 taps, stride 2, padding 1. Zeros around u are zeros around x: borders agree.
     graph = model.graph
-    constants, uses = _constants(graph), _uses(graph)
+    constants, uses = constants_of(graph), _uses(graph)
     upsampled = {node.output[0]: node.input[0] for node in graph.node if _doubles(node, constants)}
     rewritten = 0
     for node in graph.node:
-        if not _is_plain_conv(node, constants) or node.input[0] not in upsampled or uses[node.input[0]] > 1:
+        if not is_plain_convolution(node, constants) or node.input[0] not in upsampled or uses[node.input[0]] > 1:
             continue
         weight = constants[node.input[1]]
         if weight.shape[2:] != (3, 3):
@@ -45,10 +46,10 @@ def transpose_upsampling(model: ModelProto) -> int:
         spread = np.einsum("ay,bx,oiyx->ioab", PAIRED, PAIRED, weight.astype(np.float64))
         node.op_type = "ConvTranspose"
         node.input[0] = upsampled[node.input[0]]
-        node.input[1] = _store(graph, f"{node.input[1]}_transposed", spread)
+        node.input[1] = add_constant(graph, f"{node.input[1]}_transposed", spread)
         _set(node, kernel_shape=[4, 4], strides=[2, 2], pads=[1, 1, 1, 1])
         rewritten += 1
-    _remove_unused(graph)
+    remove_unused(graph)
     return rewritten
 
 
@@ -61,11 +62,11 @@ def block_narrow_convolutions(model: ModelProto) -> int:
     from onnx import helper
 
     graph = model.graph
-    constants, sizes = _constants(graph), shapes(model)
+    constants, sizes = constants_of(graph), shapes(model)
     rewritten = 0
     for index in reversed(range(len(graph.node))):  # nodes are inserted behind
         node = graph.node[index]
-        if not _is_plain_conv(node, constants):
+        if not is_plain_convolution(node, constants):
             continue
         weight, sides = constants[node.input[1]], sizes.get(node.output[0], ())[2:]
         outputs, inputs, kernel, _ = weight.shape
@@ -78,16 +79,16 @@ def block_narrow_convolutions(model: ModelProto) -> int:
         for y in range(r):
             for x in range(r):  # pixel (y, x) of a block sees the same taps, shifted
                 blocks[y, x, :, :, y : y + kernel, x : x + kernel] = weight
-        node.input[1] = _store(graph, f"{node.input[1]}_blocked", blocks.reshape(-1, inputs, wide, wide))
+        node.input[1] = add_constant(graph, f"{node.input[1]}_blocked", blocks.reshape(-1, inputs, wide, wide))
         if len(node.input) > 2:
-            node.input[2] = _store(graph, f"{node.input[2]}_blocked", np.tile(constants[node.input[2]], r * r))
+            node.input[2] = add_constant(graph, f"{node.input[2]}_blocked", np.tile(constants[node.input[2]], r * r))
         _set(node, kernel_shape=[wide, wide], strides=[r, r])
         output, node.output[0] = node.output[0], f"{node.output[0]}_blocked"
         rearrange = helper.make_node("DepthToSpace", [node.output[0]], [output], f"{node.name}/DepthToSpace")
         _set(rearrange, blocksize=r, mode="DCR")
         graph.node.insert(index + 1, rearrange)
         rewritten += 1
-    _remove_unused(graph)
+    remove_unused(graph)
     return rewritten
 
 
@@ -100,7 +101,7 @@ def _doubles(node: NodeProto, constants: Constants) -> bool:
     return kind == [b"nearest", b"asymmetric", b"floor", None] and constants[node.input[2]].tolist() == [1, 1, 2, 2]
 
 
-def _is_plain_conv(node: NodeProto, constants: Constants) -> bool:
+def is_plain_convolution(node: NodeProto, constants: Constants) -> bool:
     """A 2-D convolution of constant float32 weights: square odd kernel, stride 1, no groups, keeps the map's size."""
     if node.op_type != "Conv" or not all(name in constants for name in node.input[1:]):
         return False
@@ -132,7 +133,7 @@ def _set(node: NodeProto, **values: Any) -> None:
     node.attribute.extend([*kept, *changed])
 
 
-def _constants(graph: GraphProto) -> Constants:
+def constants_of(graph: GraphProto) -> Constants:
     """Initializers and the values of Constant nodes."""
     from onnx import numpy_helper
 
@@ -143,20 +144,28 @@ def _constants(graph: GraphProto) -> Constants:
     return {name: numpy_helper.to_array(tensor) for name, tensor in tensors.items()}
 
 
-def _store(graph: GraphProto, name: str, values: np.ndarray) -> str:
-    """Add a float32 initializer, once where several nodes share it."""
+def add_constant(graph: GraphProto, name: str, values: np.ndarray) -> str:
+    """Add an initializer, once where several nodes share it: float32, or integers as they are."""
     from onnx import numpy_helper
 
     if all(tensor.name != name for tensor in graph.initializer):
-        graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
+        stored = values if np.issubdtype(values.dtype, np.integer) else values.astype(np.float32)
+        graph.initializer.append(numpy_helper.from_array(stored, name))
     return name
+
+
+def replace_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
+    """These nodes instead of those the graph has, some of which may be among them."""
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def _uses(graph: GraphProto) -> Counter[str]:
     return Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
 
 
-def _remove_unused(graph: GraphProto) -> None:
+def remove_unused(graph: GraphProto) -> None:
     """Delete nodes and initializers that nothing reads any more, and the shapes noted of tensors that are gone."""
     uses = _uses(graph)
     for index in reversed(range(len(graph.node))):

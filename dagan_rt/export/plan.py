@@ -18,6 +18,7 @@ from dagan_rt.tables import fill, parse, read_text
 
 TARGETS = ("onnx", *FLAVOURS)
 OPSETS = range(17, 21)  # GridSample came with 16; the tracer's limit is 20
+REWRITES = ("cpu", "openvino", "none")
 #: Least PSNR in dB of reenacted frames against fp32 PyTorch; fp32 is held to `verify.EXACT_FRAMES` instead.
 BUDGETS = {"fp32": 0.0, "fp16": 45.0, "int8": 35.0, "auto": 40.0}
 
@@ -37,6 +38,7 @@ class Plan:
     compute_capabilities: tuple[str, ...] = ()  # GPUs that engines are built for, as "8.9"; empty: the flavour's choice
     strip_weights: bool = False  # engines without weights, filled from the ONNX graphs beside them when loaded
     plugins: str = ""  # dagan-rt's kernels in engines, as one of `dagan_rt.plugins.KINDS`; empty: the library's own
+    rewrites: str = "cpu"  # what the ONNX graphs are rewritten for, one of REWRITES; beside engines they never are
 
     def __post_init__(self) -> None:
         self.profile  # noqa: B018 (raises for a wrong batch)
@@ -63,6 +65,8 @@ class Plan:
             raise InputError(f"plugins must be one of {', '.join(KINDS)}, got {self.plugins!r}")
         if self.plugins == "aot" and "tensorrt-rtx" in self.flavours:
             raise InputError("plugins of the kind aot are for tensorrt alone: name python for tensorrt-rtx")
+        if self.rewrites not in REWRITES:
+            raise InputError(f"rewrites must be one of {', '.join(REWRITES)}, got {self.rewrites!r}")
         for name in ("compute_capabilities", "strip_weights", "plugins"):
             if getattr(self, name) and not self.flavours:
                 raise InputError(f"{name} is for engines: name the target tensorrt or tensorrt-rtx too")
@@ -76,6 +80,11 @@ class Plan:
     def flavours(self) -> tuple[str, ...]:
         """The kinds of TensorRT to build engines for."""
         return tuple(target for target in dict.fromkeys(self.targets) if target != "onnx")
+
+    @property
+    def rewritten_for_cpus(self) -> bool:
+        """Whether the graphs take the forms that are faster on CPUs; engines are built from graphs as traced."""
+        return self.rewrites != "none" and not self.flavours
 
     @property
     def least_psnr(self) -> float:

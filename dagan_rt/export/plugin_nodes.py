@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dagan_rt.errors import InputError
-from dagan_rt.export.passes import _attributes, _remove_unused
+from dagan_rt.export.passes import _attributes, remove_unused
 from dagan_rt.plugins.ops import ANY, DOMAIN, OPS, VERSION
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _replace(model: ModelProto, region: Region, types: Mapping[str, int]) -> Non
         node = graph.node[index]
         if node.domain != DOMAIN and set(node.output) & set(region.outputs):
             del graph.node[index]
-    _remove_unused(graph)
+    remove_unused(graph)
 
 
 def _in_one_type(model: ModelProto, region: Region, types: Mapping[str, int]) -> tuple[list[str], list[NodeProto]]:

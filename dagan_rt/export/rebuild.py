@@ -23,6 +23,12 @@ from dagan_rt.tables import fill
 Step = Callable[[str], None]
 
 
+REWRITTEN = (
+    "the engines were built from graphs that were rewritten for CPUs and may be slower than need be: "
+    "export with --rewrites none, or name the engines' --target at export"
+)
+
+
 def build_engines(folder: Path, plan: Plan, manifest: Mapping[str, Any], report: Step) -> Built:
     """The engines of every flavour in the plan, built into an unfinished bundle; raises InputError if one cannot be."""
     bundle = Bundle.described(folder, {**manifest, "files": dict.fromkeys(file_names(folder))})
@@ -63,7 +69,7 @@ def rebuild(
     installed, everything is measured again. Raises InputError if an engine cannot be built.
     """
     bundle = Bundle.open(path)
-    plan = exported_plan(bundle)
+    exported = plan = exported_plan(bundle)
     targets = targets or tuple(dict.fromkeys(engines.flavour for engines in engine_sets(bundle)))
     plugins = plugins or next((engines.plugins for engines in engine_sets(bundle) if engines.plugins), plan.plugins)
     plan = replace(plan, targets=targets, compute_capabilities=compute_capabilities, plugins=plugins)
@@ -81,7 +87,7 @@ def rebuild(
         report("errors")
         same = {name: entry for name, entry in bundle.manifest["files"].items() if not name.startswith(f"{FOLDER}/")}
         unmeasured = write_manifest(folder, bundle.manifest, unchanged=same)
-        measured = _measured(Bundle.described(folder, unmeasured), plan, built)
+        measured = _measured(Bundle.described(folder, unmeasured), plan, built, exported.rewritten_for_cpus)
         (folder / REPORT).unlink(missing_ok=True)  # it is still the older bundle's file
         measured.write(folder)
         same = {name: entry for name, entry in unmeasured["files"].items() if name != REPORT}
@@ -95,7 +101,7 @@ def exported_plan(bundle: Bundle) -> Plan:
     return plan
 
 
-def _measured(bundle: Bundle, plan: Plan, built: Built) -> Report:
+def _measured(bundle: Bundle, plan: Plan, built: Built, rewritten: bool) -> Report:
     """The report with the new engines: measured against PyTorch where that can be, else the older one beside them."""
     kept = {it.key: bundle.report.engines[it.key] for it in engine_sets(bundle) if it.key in bundle.report.engines}
     if bundle.weights is None or importlib.util.find_spec("torch") is None:
@@ -106,7 +112,10 @@ def _measured(bundle: Bundle, plan: Plan, built: Built) -> Report:
 
     model = checkpoints.load(bundle.weights, bundle.depth_weights)
     references = References(model.eval(), choose(model.config, plan.only), plan)
-    measured = references.measure(bundle, built, bundle.report.notes)
+    notes = bundle.report.notes
+    if rewritten and REWRITTEN not in notes:
+        notes = (*notes, REWRITTEN)
+    measured = references.measure(bundle, built, notes)
     require_passed(measured)
     return replace(measured, engines=kept | measured.engines)
 

@@ -131,9 +131,7 @@ class References:
         """What reenacted frames must keep: `EXACT_FRAMES` in fp32, the plan's budget below."""
         return EXACT_FRAMES if set(precisions) == {"fp32"} else Tolerance(1.0, self.plan.least_psnr)
 
-    def measure(
-        self, bundle: Bundle, built: Built = (), notes: tuple[str, ...] = ()
-    ) -> Report:
+    def measure(self, bundle: Bundle, built: Built = (), notes: tuple[str, ...] = ()) -> Report:
         """Errors of every graph and of whole sessions: on ONNX Runtime, PyTorch, and the engines that run here.
 
         `built`: engines. The bundle's manifest must hold the hashes of its files where there are any.

@@ -21,7 +21,7 @@ RECIPES = sorted(asset("export", "recipes").glob("*.toml"))
 CHANGED: dict[str, Any] = {
     "precision": "int8", "targets": ["tensorrt-rtx"], "batch": "1:2:4", "budget": 33.0, "calibrate": "heads",
     "opset": 19, "only": ["attention"], "torch_weights": False, "compute_capabilities": ["8.9"],
-    "strip_weights": True, "plugins": "python",
+    "strip_weights": True, "plugins": "python", "rewrites": "none",
 }  # fmt: skip
 
 
