@@ -1,6 +1,11 @@
 """Measurements that people can repeat: results are checked first, then timed, and kept with what they were made on.
 
-`suites` says what to run, `operations` and `peers` what that is, `devices` how it is timed, `kernels` puts them
-together, `rows` keeps what came out and compares it, `printing` shows it. `python -m dagan_rt.benchmarking` is the
-command.
+suites.py, subjects.py              what to run, and on which networks and faces
+kernels.py                          the CUDA kernels (operations.py, peers.py), timed by devices.py
+frames.py, frame_peers.py           whole frames by every backend and by PyTorch; isolated.py: torch.compile
+stages.py, floors.py                the stages of a frame, and what each must do at least
+streams.py                          many sessions at their own pace, or one for very long
+cpu.py                              engines and precisions on CPUs
+rows.py, printing.py, html.py       what came out: kept and compared, as text, as a page with pictures
+command.py                          `dagan-rt bench` and `python -m dagan_rt.benchmarking`
 """

@@ -2,25 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from dagan_rt.benchmarking.rows import ALONE, HOST, OURS, Change, Results, Row
-from dagan_rt.benchmarking.suites import Goal
+from dagan_rt.benchmarking.rows import (
+    ALONE,
+    CALL,
+    DEVICE,
+    DOWNLOAD,
+    HOST,
+    OURS,
+    UPLOAD,
+    Change,
+    Results,
+    Row,
+    Timing,
+)  # fmt: skip
+from dagan_rt.benchmarking.suites import Aim, Goal
 from dagan_rt.tables import printable
 
-COLUMNS = ("form", "µs", "p10", "p90", "alone", "host", "GB/s", "TFLOP/s", "of ceiling", "error", "ours is")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # in this order: one name holds another
 
+NAMED = {"batch": "batch {}", "streams": "{} streams", "fps": "{} fps", "frames": "{} frames"}
 
-def report(results: Results, costs: dict[str, str], goals: Sequence[Goal] = ()) -> str:
-    """Everything, the short tables last. `costs` says how bytes and flops of each operation are counted."""
+
+@dataclass(frozen=True)
+class Column:
+    """What a table says of each measured row, given our fastest row of the same case."""
+
+    title: str
+    width: int
+    cell: Callable[[Row, Row | None], str]
+
+
+def _millis(pick: Callable[[Timing], float], which: str = CALL) -> Callable[[Row, Row | None], str]:
+    return lambda row, ours: f"{pick(row.times[which]) / 1e3:.3f}" if which in row.times else ""
+
+
+def _value(name: str, form: str = ".0f", unit: float = 1.0) -> Callable[[Row, Row | None], str]:
+    return lambda row, ours: f"{row.values[name] / unit:{form}}" if name in row.values else ""
+
+
+def _micros(pick: Callable[[Timing], float], which: str = CALL, digits: int = 2) -> Callable[[Row, Row | None], str]:
+    return lambda row, ours: f"{pick(row.times[which]):.{digits}f}" if which in row.times else ""
+
+
+def _rate(name: str, digits: int) -> Callable[[Row, Row | None], str]:
+    """GB/s or TFLOP/s."""
+    divisor = 1e3 if name == "bytes" else 1e6
+    return lambda row, ours: f"{getattr(row, name) / row.time.p50 / divisor:.{digits}f}" if row.time else ""
+
+
+def _fraction(row: Row, ours: Row | None) -> str:
+    return "" if row.fraction is None else f"{row.fraction:.0%} {_short(row.ceiling)}"
+
+
+def _speedup(row: Row, ours: Row | None) -> str:
+    if ours is None or row is ours or ours.time is None or row.time is None:
+        return ""
+    return f"{row.time.p50 / ours.time.p50:.2f}×"
+
+
+def _error(row: Row, ours: Row | None) -> str:
+    return "" if row.error is None else f"{row.error:.1e}"
+
+
+#: By suite. Whole frames and streams are told in milliseconds, their device memory in MB.
+COLUMNS = {
+    "kernels": (
+        Column("µs", 9, _micros(lambda it: it.p50)),
+        Column("p10", 9, _micros(lambda it: it.p10)),
+        Column("p90", 9, _micros(lambda it: it.p90)),
+        Column("alone", 8, _micros(lambda it: it.p50, ALONE)),
+        Column("host", 8, _micros(lambda it: it.p50, HOST, 0)),
+        Column("GB/s", 7, _rate("bytes", 0)),
+        Column("TFLOP/s", 8, _rate("flops", 1)),
+        Column("of ceiling", 18, _fraction),
+        Column("error", 8, _error),
+        Column("ours is", 8, _speedup),
+    ),
+    "frames": (
+        Column("p50 ms", 9, _millis(lambda it: it.p50)),
+        Column("p90", 8, _millis(lambda it: it.p90)),
+        Column("p95", 8, _millis(lambda it: it.p95)),
+        Column("p99", 8, _millis(lambda it: it.p99)),
+        Column("device", 8, _millis(lambda it: it.p50, DEVICE)),
+        Column("upload", 7, _millis(lambda it: it.p50, UPLOAD)),
+        Column("download", 8, _millis(lambda it: it.p50, DOWNLOAD)),
+        Column("frames/s", 9, _value("frames/s")),
+        Column("MB", 7, _value("device bytes", unit=1e6)),
+        Column("MB/slot", 8, _value("slot bytes", ".1f", 1e6)),
+        Column("levels", 6, lambda row, ours: "" if row.error is None else f"{row.error:.0f}"),
+        Column("dB", 6, _value("PSNR dB", ".1f")),
+        Column("ours is", 8, _speedup),
+    ),
+    "subnetworks": (
+        Column("µs", 9, _micros(lambda it: it.p50)),
+        Column("p10", 9, _micros(lambda it: it.p10)),
+        Column("p90", 9, _micros(lambda it: it.p90)),
+        Column("GFLOP", 8, lambda row, ours: f"{row.flops / 1e9:.2f}"),
+        Column("MB", 8, lambda row, ours: f"{row.bytes / 1e6:.1f}"),
+        Column("floor µs", 9, lambda row, ours: "" if row.floor is None else f"{row.floor:.2f}"),
+        Column("over it", 8, lambda row, ours: "" if not row.fraction else f"{1 / row.fraction:.1f}×"),
+        Column("gap µs", 9, lambda row, ours: "" if row.gap is None else f"{row.gap:.1f}"),
+        Column("binding", 18, lambda row, ours: _short(row.ceiling)),
+    ),
+    "streams": (
+        Column("p50 ms", 9, _millis(lambda it: it.p50)),
+        Column("p90", 8, _millis(lambda it: it.p90)),
+        Column("p95", 8, _millis(lambda it: it.p95)),
+        Column("p99", 8, _millis(lambda it: it.p99)),
+        Column("frames/s", 9, _value("frames/s")),
+        Column("drops", 7, _value("drops")),
+        Column("errors", 7, _value("errors")),
+        Column("behind", 7, _value("behind ms", ".1f")),
+        Column("MB/slot", 8, _value("slot bytes", ".1f", 1e6)),
+        Column("levels", 7, lambda row, ours: "" if row.error is None else f"{row.error:.0f}"),
+        Column("B/frame device", 15, _value("device growth bytes/frame", ".2f")),
+        Column("process", 8, _value("process growth bytes/frame", ".2f")),
+    ),
+}  # fmt: skip
+
+
+def report(results: Results, costs: Mapping[str, str] | None = None, verdicts: Sequence[str] = ()) -> str:
+    """Everything, the short tables last. `costs` says how bytes and flops of each group are counted."""
     lines = [f"{name:<26} {value}" for name, value in results.provenance.items()]
     lines += ["", *_ceilings(results.ceilings)]
+    columns = COLUMNS.get(results.suite, COLUMNS["kernels"])
     for group in dict.fromkeys(row.group for row in results.rows):
         rows = [row for row in results.rows if row.group == group]
-        lines += ["", f"{group}: {costs.get(group, 'cost not stated')}", *_rows(rows)]
-    lines += ["", *summary(results)]
-    lines += ["", *(verdict(goal, results) for goal in goals)] if goals else []
+        said = f"{group}: {costs.get(group, 'cost not stated')}" if costs is not None else group
+        lines += ["", said, *_rows(rows, columns)]
+    if results.suite in ("kernels", "frames"):
+        lines += ["", *summary(results)]
+    lines += ["", *verdicts] if verdicts else []
     return "\n".join(map(printable, lines))
 
 
@@ -30,43 +145,41 @@ def _ceilings(ceilings: dict[str, float]) -> list[str]:
     return [f"{name:<18}{value:>10.4g} {units.get(name, product)}" for name, value in ceilings.items()]
 
 
-def _rows(rows: Sequence[Row]) -> list[str]:
-    """The forms of each case below it."""
-    width = max(len(name) for name in (*(row.form for row in rows), "form"))
-    widths = (width, 9, 9, 9, 8, 8, 7, 8, 18, 8, 8)
-    lines = [_aligned(COLUMNS, widths)]
-    for case in dict.fromkeys(_circumstances(row.case) for row in rows):
-        lines.append(case)
-        forms = [row for row in rows if _circumstances(row.case) == case]
-        ours = next((row for row in forms if row.form == OURS and row.time), None)
+def _rows(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """The forms of each case below it; where there is one form only, a case a line. Empty columns are left out."""
+    some = fastest(row for row in rows if row.ours)
+    columns = [column for column in columns if any(column.cell(row, some) for row in rows if row.time)]
+    cases = list(dict.fromkeys(circumstances(row.case) for row in rows))
+    flat = len(cases) == len(rows) > 1 and len({row.form for row in rows}) == 1
+    label = (lambda row: circumstances(row.case)) if flat else (lambda row: row.form)
+    width = max(len(name) for name in (*map(label, rows), "form"))
+    widths = (width, *(column.width for column in columns))
+    lines = [_aligned(("form", *(column.title for column in columns)), widths)]
+    lines += [rows[0].form] if flat else []
+    for case in cases:
+        lines += [] if flat else [case]
+        forms = [row for row in rows if circumstances(row.case) == case]
+        ours = fastest(row for row in forms if row.ours)
         for row in forms:
-            lines.append(_aligned(_cells(row, ours), widths) if row.time else _not_measured(row, width))
+            if row.time is None:
+                lines.append(_not_measured(row, label(row), width))
+            else:
+                lines.append(_aligned((label(row), *(column.cell(row, ours) for column in columns)), widths))
     return lines
 
 
-def _cells(row: Row, ours: Row | None) -> tuple[str, ...]:
-    timing = row.time
-    assert timing is not None
-    fraction = "" if row.fraction is None else f"{row.fraction:.0%} {_short(row.ceiling)}"
-    times = "" if ours is None or ours.time is None or row is ours else f"{timing.p50 / ours.time.p50:.2f}×"
-    return (
-        row.form,
-        f"{timing.p50:.2f}",
-        f"{timing.p10:.2f}",
-        f"{timing.p90:.2f}",
-        f"{row.times[ALONE].p50:.2f}" if ALONE in row.times else "",
-        f"{row.times[HOST].p50:.0f}" if HOST in row.times else "",
-        f"{row.bytes / timing.p50 / 1e3:.0f}",
-        f"{row.flops / timing.p50 / 1e6:.1f}",
-        fraction,
-        "" if row.error is None else f"{row.error:.1e}",
-        times,
-    )
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """The measured row of the least time."""
+    return min((row for row in rows if row.time), key=_p50, default=None)
 
 
-def _not_measured(row: Row, width: int) -> str:
+def _p50(row: Row) -> float:
+    return row.time.p50 if row.time else float("inf")
+
+
+def _not_measured(row: Row, label: str, width: int) -> str:
     status = "WRONG" if row.status == "wrong" else row.status
-    return f"  {row.form:<{width}} {status}: {row.reason[:200]}"
+    return f"  {label:<{width}} {status}: {row.reason[:200]}"
 
 
 def _aligned(cells: Iterable[str], widths: Sequence[int]) -> str:
@@ -81,21 +194,25 @@ def _short(name: str) -> str:
     return name
 
 
-def _circumstances(case: dict[str, str]) -> str:
-    return _short(", ".join(f"batch {value}" if key == "batch" else value for key, value in case.items()))
+def circumstances(case: Mapping[str, str]) -> str:
+    """A case as people read it."""
+    return _short(", ".join(NAMED.get(key, "{}").format(value) for key, value in case.items()))
 
 
 def summary(results: Results) -> list[str]:
     """A line for each kernel, dtype and layout; by batch our time, what of the ceiling that is, and over whom."""
-    ours = [row for row in results.rows if row.form == OURS]
-    batches = sorted({int(row.case.get("batch", 1)) for row in ours})
+    ours = [row for row in results.rows if row.ours]
+    batches = sorted({counted(row, "batch") for row in ours})
     lines = [f"{'ours: µs, of ceiling, × the best peer':<42}" + "".join(f"{f'batch {each}':>20}" for each in batches)]
     by_line: dict[tuple[str, ...], dict[int, str]] = {}
     for row in ours:
-        name = (row.group, *(value for key, value in row.case.items() if key != "batch"))
-        by_line.setdefault(name, {})[int(row.case.get("batch", 1))] = _in_short(row, results)
+        circumstances = (value for key, value in row.case.items() if key != "batch")
+        name = (row.group, *circumstances, row.form.removeprefix(OURS).strip())
+        by_line.setdefault(name, {})[counted(row, "batch")] = _in_short(row, results)
     for name, cells in by_line.items():
-        lines.append(f"{_short(' '.join(name)):<42}" + "".join(f"{cells.get(each, ''):>20}" for each in batches))
+        lines.append(
+            f"{_short(' '.join(name).strip()):<42}" + "".join(f"{cells.get(each, ''):>20}" for each in batches)
+        )
     return lines
 
 
@@ -111,11 +228,9 @@ def _in_short(row: Row, results: Results) -> str:
 def best_peer(ours: Row, rows: Iterable[Row], over: str = "") -> Row | None:
     """The fastest measured peer of a row, of those whose names start with `over`."""
     peers = [
-        row
-        for row in rows
-        if row.time and row.form != OURS and row.key[:-1] == ours.key[:-1] and row.form.startswith(over)
+        row for row in rows if row.time and not row.ours and row.key[:-1] == ours.key[:-1] and row.form.startswith(over)
     ]
-    return min(peers, key=lambda row: row.time.p50 if row.time else 0.0, default=None)
+    return fastest(peers)
 
 
 def verdict(goal: Goal, results: Results) -> str:
@@ -123,7 +238,7 @@ def verdict(goal: Goal, results: Results) -> str:
     wanted = {"batch": str(goal.batch), "dtype": goal.dtype, "layout": goal.layout}
     wanted |= {"flow": goal.flow} if goal.flow else {}
     rows = {row.group: row for row in results.rows if row.form == OURS and row.case == wanted and row.time}
-    name = f"{' + '.join(goal.ops)}, {_circumstances(wanted)}"
+    name = f"{' + '.join(goal.ops)}, {circumstances(wanted)}"
     chosen = [rows[op] for op in goal.ops if op in rows]
     if len(chosen) < len(goal.ops):
         return f"goal {name}: not measured"
@@ -143,6 +258,47 @@ def verdict(goal: Goal, results: Results) -> str:
             speedup = best.time.p50 / total
             found.append((f"{speedup:.2f}× {best.form}, at least {goal.speedup:g}×", speedup >= goal.speedup))
     return f"goal {name}: " + "; ".join(f"{text}: {'met' if met else 'NOT met'}" for text, met in found)
+
+
+def achieved(aim: Aim, results: Results) -> str:
+    """What is asked of whole frames or streams, and what the best of ours did."""
+    rows = [row for row in results.rows
+            if row.group == aim.group and row.ours and row.time and aim.case.items() <= row.case.items()]  # fmt: skip
+    name = f"goal {', '.join(filter(None, (aim.group, circumstances(aim.case))))}"
+    if not rows:
+        return f"{name}: not measured"
+    found = []
+    best = min(rows, key=_p50)
+    assert best.time is not None
+    if aim.microseconds:
+        met = best.time.p50 <= aim.microseconds
+        found.append((f"p50 {best.time.p50 / 1e3:.3f} ms, at most {aim.microseconds / 1e3:g}", met))
+    if aim.spread:
+        spread = best.time.p99 / best.time.p50
+        found.append((f"p99 is {spread:.2f} times p50, at most {aim.spread:g}", spread <= aim.spread))
+    if aim.speedup:
+        peer = best_peer(best, results.rows, aim.over)
+        ratio = peer.time.p50 / best.time.p50 if peer is not None and peer.time is not None else 0.0
+        said = f"{ratio:.2f} times as fast as {aim.over}, at least {aim.speedup:g}"
+        said = said if ratio else f"no {aim.over} was measured"
+        found.append((said, ratio >= aim.speedup))
+    if aim.rate:
+        best = max(rows, key=lambda row: row.values.get("frames/s", 0.0))
+        rate = best.values.get("frames/s", 0.0)
+        found.append((f"{rate:.0f} frames/s at {circumstances(best.case)}, at least {aim.rate:g}", rate >= aim.rate))
+    if aim.streams:
+        kept = [row for row in rows if row.time and row.time.p99 <= aim.p99 and not row.values.get("drops")]
+        best = max(kept, key=lambda row: counted(row, "streams"), default=best)
+        most = max((counted(row, "streams") for row in kept), default=0)
+        said = f"{most} streams without a drop and p99 at most {aim.p99 / 1e3:g} ms, at least {aim.streams}"
+        found.append((said, most >= aim.streams))
+    return f"{name}, {best.form}: " + "; ".join(f"{text}: {'met' if met else 'NOT met'}" for text, met in found)
+
+
+def counted(row: Row, name: str) -> int:
+    """A number among a row's circumstances; 0 where the file says something else."""
+    count = row.case.get(name, "")
+    return int(count) if count.isdecimal() and len(count) < 9 else 0
 
 
 def changes(compared: Sequence[Change], before: Results, after: Results) -> str:

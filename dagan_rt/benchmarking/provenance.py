@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 
 from dagan_rt import __version__
 
-PACKAGES = ("torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "numpy")
+PACKAGES = (
+    "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino",
+    "tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13",
+)  # fmt: skip
+PROGRAM = "dagan-rt bench"  # or python -m dagan_rt.benchmarking, where it is not installed
 CLOCKS = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
@@ -19,8 +25,7 @@ def provenance(device: str, digest: str, commit: str) -> dict[str, str]:
     """Names and versions; `commit` is what the caller knows the checkout as."""
     known = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # Files by their names: the folders of one machine tell nobody else anything.
-        "command": " ".join(["python -m dagan_rt.benchmarking", *(it.rsplit("/", 1)[-1] for it in sys.argv[1:])]),
+        "command": command(sys.argv[2:] if sys.argv[1:2] == ["bench"] else sys.argv[1:]),
         "commit": commit or "not stated",
         "suite digest": digest,
         "dagan-rt": __version__,
@@ -34,6 +39,11 @@ def provenance(device: str, digest: str, commit: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return known | (_cuda() if device != "cpu" else {})
+
+
+def command(arguments: Sequence[str]) -> str:
+    """As typed, files by their names: the folders of one machine tell nobody else anything."""
+    return " ".join([PROGRAM, *(shlex.quote(it.rsplit("/", 1)[-1]) for it in arguments)])
 
 
 def _cuda() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows with their provenance, as JSON, and two of them compared."""
+"""What benchmarks found: rows with their provenance, as JSON, and two of them compared."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dagan_rt.errors import InputError
 from dagan_rt.files import AtomicFile
 from dagan_rt.tables import fill, read_json
 
-OURS = "dagan-rt"
-CALL, ALONE, HOST = "call", "alone", "host"  # one of many; single, the caches flushed before; until it returns
+OURS = "dagan-rt"  # and, with more behind it, one of several forms of ours
+# What of a row is timed: one call of many; a single one, the caches flushed before; until it returns; the parts of a
+# frame on the device and on the way there and back.
+CALL, ALONE, HOST = "call", "alone", "host"
+DEVICE, UPLOAD, DOWNLOAD = "device", "upload", "download"
 REGRESSION = 1.05  # as many times the former time, and beyond the former spread
 
 
@@ -28,12 +29,17 @@ class Timing:
     p90: float
     repeats: int
     calls: int = 1  # in a repeat, whose mean they are
+    p95: float = 0.0  # 0 in files from before it was kept
+    p99: float = 0.0
 
     @classmethod
     def of(cls, repeats: Sequence[float], calls: int = 1) -> Timing:
         """From the microseconds of each repeat, which made `calls` calls."""
-        p10, p50, p90 = (float(value) for value in np.percentile(np.asarray(repeats) / calls, (10, 50, 90)))
-        return cls(p50, p10, p90, len(repeats), calls)
+        import numpy as np
+
+        found = np.percentile(np.asarray(repeats) / calls, (50, 10, 90, 95, 99))
+        p50, p10, p90, p95, p99 = (float(value) for value in found)
+        return cls(p50, p10, p90, len(repeats), calls, p95, p99)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Row:
     form: str  # by what: `OURS`, or the name of a peer
     status: str  # measured, refused (it does not run here), wrong (its result is), skipped (no time was left)
     reason: str = ""
-    error: float | None = None  # ‖out - reference‖ / ‖reference‖, the largest of the outputs
+    error: float | None = None  # kernels: ‖out - reference‖ / ‖reference‖, the largest of the outputs; images: levels
     tolerance: float | None = None
     times: dict[str, Timing] = field(default_factory=dict)  # by what of it is timed: `CALL`, and what else is known
     method: str = ""  # how the call was timed
@@ -53,6 +59,10 @@ class Row:
     flops: int = 0  # that must be computed
     floor: float | None = None  # microseconds at the measured ceiling that binds
     ceiling: str = ""  # which that is
+    precision: str = ""  # where the form has one of its own
+    values: dict[str, float] = field(default_factory=dict)  # what else was measured; the name ends with the unit
+    clocks: str = ""  # of the device, right after
+    command: str = ""  # that measures this row again
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -60,14 +70,29 @@ class Row:
         return (self.group, *(f"{name} {value}" for name, value in self.case.items()), self.form)
 
     @property
+    def ours(self) -> bool:
+        """Whether the form is one of dagan-rt's."""
+        return is_ours(self.form)
+
+    @property
     def time(self) -> Timing | None:
         """Of a call; None where it was not measured."""
         return self.times.get(CALL)
 
     @property
+    def gap(self) -> float | None:
+        """Microseconds over the floor, where both are known."""
+        return self.time.p50 - self.floor if self.floor is not None and self.time is not None else None
+
+    @property
     def fraction(self) -> float | None:
         """Of the ceiling, where both are known."""
         return self.floor / self.time.p50 if self.floor is not None and self.time is not None else None
+
+
+def is_ours(form: str) -> bool:
+    """Whether a form is dagan-rt's, and not a peer."""
+    return form == OURS or form.startswith(f"{OURS} ")
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,9 @@ class Results:
         """InputError names what is wrong with a file, which may come from anywhere."""
         values = read_json(path, "benchmark result")
         results: Results = fill(cls, values, str(path))
+        for at, row in enumerate(results.rows):
+            if any(timing.p50 <= 0 for timing in row.times.values()):
+                raise InputError(f"{path}: rows[{at}].times must be of more than 0 microseconds")
         return results
 
 
@@ -132,7 +160,7 @@ class Change:
     @property
     def regression(self) -> bool:
         """Whether our own row got slower, or was measured and is not any more."""
-        if OURS not in self.key or self.before is None or self.after is None:
+        if not is_ours(self.key[-1]) or self.before is None or self.after is None:
             return False
         lost = self.before.status == "measured" and self.after.status in ("wrong", "refused")
         return lost or self.verdict == "slower"

@@ -1,8 +1,12 @@
-"""What to run: suites in TOML, and which part of one."""
+"""What to run: suites in TOML, and which part of one.
+
+`Suite` is that of the kernels; `FrameSuite` that of whole frames, their stages, and streams.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from dagan_rt.tables import fill, parse, read_text
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("nchw", "nhwc")
 FLOWS = ("smooth", "scatter")
+PEERS = ("published", "eager-fp16", "compile-fp16")  # of whole frames, see frame_peers.py
 
 
 @dataclass(frozen=True)
@@ -155,3 +160,68 @@ class Suite:
             ):
                 forms.setdefault(case, {OURS: None}).update(dict.fromkeys(run.peers))
         return {case: tuple(names) for case, names in forms.items()}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Whole frames by a peer, or by dagan-rt's backends, in batches."""
+
+    name: str  # one of PEERS, or OURS for every backend that runs
+    batches: tuple[int, ...]
+    seconds: float = 0.0  # for all of it in a process of its own, which is then ended; 0: in this one
+
+    def wanted(self, starts: Sequence[str]) -> bool:
+        """Whether one of its names may start so; which backends of ours there are is not known yet."""
+        return self.name == OURS or any(self.name.startswith(start) for start in starts)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Streams that each bring frames at their own pace."""
+
+    streams: tuple[int, ...] = (1,)  # how many at once
+    fps: float = 30.0  # of each; 0: as fast as they are taken
+    seconds: float = 4.0  # for each number of streams
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the best of our rows in a group should reach; zero means it is not asked for."""
+
+    group: str
+    case: dict[str, str] = field(default_factory=dict)  # only rows of these circumstances
+    microseconds: float = 0.0  # p50, at most
+    p99: float = 0.0  # microseconds, at most
+    spread: float = 0.0  # p99 over p50, at most
+    speedup: float = 0.0  # over the peer `over`, at least
+    over: str = ""
+    rate: float = 0.0  # frames/s, at least
+    streams: int = 0  # how many without a drop and within `p99`, at least
+
+
+@dataclass(frozen=True)
+class FrameSuite:
+    """A file of benchmarks/suites/ about whole frames."""
+
+    forms: tuple[Form, ...]
+    stages: tuple[int, ...] = (1,)  # batches to take apart
+    load: Load = field(default_factory=Load)
+    effort: Effort = field(default_factory=Effort)
+    goals: tuple[Aim, ...] = ()
+    digest: str = ""  # of the file
+
+    @classmethod
+    def read(cls, path: Path) -> FrameSuite:
+        """InputError names the key that is wrong."""
+        text = read_text(path, "suite")
+        suite: FrameSuite = fill(cls, parse(text, str(path)), str(path))
+        for at, form in enumerate(suite.forms):
+            if form.name not in (OURS, *PEERS):
+                raise InputError(
+                    f"{path}: forms[{at}].name must be one of {', '.join((OURS, *PEERS))}, got {form.name!r}"
+                )
+            if not form.batches or min(form.batches) < 1:
+                raise InputError(f"{path}: forms[{at}].batches must each be at least 1, got {list(form.batches)}")
+        if min((*suite.stages, *suite.load.streams), default=0) < 1:
+            raise InputError(f"{path}: stages and load.streams must each be at least 1")
+        return replace(suite, digest=hashlib.sha256(text.encode()).hexdigest())

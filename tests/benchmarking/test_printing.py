@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dagan_rt.benchmarking.printing import best_peer, changes, report, summary, verdict
+from dagan_rt.benchmarking.printing import achieved, best_peer, changes, report, summary, verdict
 from dagan_rt.benchmarking.rows import OURS, Results, Row, Timing, compare
-from dagan_rt.benchmarking.suites import Goal
+from dagan_rt.benchmarking.suites import Aim, Goal
 
 HOST = {"host": Timing(31, 30, 32, 20)}
 
@@ -88,3 +88,69 @@ def test_regressions_come_first() -> None:
     assert lines[1].endswith("(10.00 µs -> 20.00 µs)")
     assert "eager: faster 0.50" in lines[2]
     assert lines[-1] == "7 rows as before, 1 regressions"
+
+
+def frame(form: str, batch: str, p50: float, p99: float, rate: float = 0.0, group: str = "latency") -> Row:
+    times = {"call": Timing(p50, p50, p50, 300, p95=p99, p99=p99), "device": Timing(p50 / 2, 1, 1, 30)}
+    values = {"frames/s": rate} if rate else {}
+    return Row(group, {"model": "full", "batch": batch}, form, "measured", times=times, error=3.0, values=values)
+
+
+FRAMES = Results(
+    "frames",
+    {},
+    {},
+    (
+        frame(f"{OURS} torch-cuda float16", "1", 900.0, 990.0),
+        frame(f"{OURS} tensorrt", "1", 800.0, 1000.0),
+        frame("published", "1", 9600.0, 9900.0),
+        frame("compile-fp16", "1", 1600.0, 1700.0),
+        frame(f"{OURS} tensorrt", "1", 700.0, 700.0, 1428.0, "throughput"),
+        frame(f"{OURS} tensorrt", "32", 8000.0, 8000.0, 4000.0, "throughput"),
+        frame("compile-fp16", "32", 4000.0, 8000.0, 8000.0, "throughput"),
+    ),
+)
+
+
+def test_frames_are_told_in_milliseconds_beside_our_fastest() -> None:
+    text = report(FRAMES)
+    latency = text.split("latency\n")[1].split("throughput\n")[0]
+    published = ["published", "9.600", "9.600", "9.900", "9.900", "4.800", "3", "12.00×"]
+    assert line_of(latency, "published").split() == published
+    assert line_of(latency, f"{OURS} torch-cuda").split()[-1] == "1.12×"
+    assert "upload" not in latency and "MB" not in text  # columns that nobody fills
+    assert "cost not stated" not in text
+
+
+def test_aims() -> None:
+    def met(group: str, results: Results = FRAMES, **asked: Any) -> str:
+        return achieved(Aim(group, {"model": "full"} | asked.pop("case", {}), **asked), results)
+
+    one = {"case": {"batch": "1"}}
+    assert met("latency", **one, microseconds=800, spread=1.2) == (
+        f"goal latency, full, batch 1, {OURS} tensorrt: p50 0.800 ms, at most 0.8: met; "
+        "p99 is 1.25 times p50, at most 1.2: NOT met"
+    )
+    assert met("latency", **one, microseconds=799).endswith("NOT met")
+    assert met("latency", **one, speedup=12, over="published").endswith(
+        "12.00 times as fast as published, at least 12: met"
+    )
+    assert met("latency", **one, speedup=2.1, over="compile").endswith("NOT met")
+    assert met("latency", **one, speedup=1.5, over="eager").endswith("no eager was measured: NOT met")
+    assert met("throughput", rate=3500).endswith("4000 frames/s at full, batch 32, at least 3500: met")
+    assert met("throughput", rate=4001).endswith("NOT met")  # a peer's rate does not count
+    assert met("streams", streams=100).endswith("not measured")
+
+
+def test_streams_that_keep_their_latency_without_a_drop() -> None:
+    def load(count: int, p99: float, drops: float = 0.0) -> Row:
+        times = {"call": Timing(1e3, 1e3, 1e3, 300, p99=p99)}
+        case = {"model": "full", "streams": str(count), "fps": "30"}
+        return Row("streams", case, f"{OURS} x", "measured", times=times, values={"drops": drops})
+
+    results = Results("streams", {}, {}, (load(64, 9e3), load(100, 33e3), load(112, 9e3, 1.0), load(128, 34e3)))
+    assert "100 streams without a drop" in achieved(Aim("streams", streams=100, p99=33e3), results)
+    assert achieved(Aim("streams", streams=100, p99=33e3), results).endswith("at least 100: met")
+    assert achieved(Aim("streams", streams=101, p99=33e3), results).endswith("NOT met")
+    lines = report(results).splitlines()
+    assert any(line.split()[:5] == ["full,", "64", "streams,", "30", "fps"] for line in lines)

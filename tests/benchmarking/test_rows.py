@@ -25,8 +25,8 @@ def results(*rows: Row, suite: str = "kernels") -> Results:
 
 def test_a_timing_is_of_calls_not_of_repeats() -> None:
     repeats = [float(value) for value in range(101)]  # percentiles of 0 … 100 are their own numbers
-    assert Timing.of(repeats) == Timing(50.0, 10.0, 90.0, 101, 1)
-    assert Timing.of(repeats, calls=10) == Timing(5.0, 1.0, 9.0, 101, 10)
+    assert Timing.of(repeats) == Timing(50.0, 10.0, 90.0, 101, 1, 95.0, 99.0)
+    assert Timing.of(repeats, calls=10) == Timing(5.0, 1.0, 9.0, 101, 10, 9.5, 9.9)
 
 
 def test_a_file_brings_back_what_was_written(tmp_path: Path) -> None:
@@ -60,6 +60,13 @@ def test_a_file_that_is_none(tmp_path: Path, text: str, words: tuple[str, ...]) 
     assert "old.json" in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_times_of_nothing_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    results(row(0.0)).write(path)
+    with pytest.raises(InputError, match=r"rows\[0\].times must be of more than 0"):
+        Results.read(path)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "verdict", "regression"),
     [
@@ -68,6 +75,8 @@ def test_a_file_that_is_none(tmp_path: Path, text: str, words: tuple[str, ...]) 
         (row(10, spread=0.2), row(11, spread=0.2), "same", False),  # within the spread
         (row(10), row(9), "faster", False),
         (row(10, "eager"), row(11, "eager"), "slower", False),  # not ours
+        (row(10, f"{OURS} torch"), row(11, f"{OURS} torch"), "slower", True),
+        (row(10, f"{OURS}2"), row(11, f"{OURS}2"), "slower", False),
         (row(10), Row("flow_warp", CASE, OURS, "wrong"), "measured, now wrong", True),
         (row(10), Row("flow_warp", CASE, OURS, "refused"), "measured, now refused", True),
         (row(10), Row("flow_warp", CASE, OURS, "skipped"), "measured, now skipped", False),

@@ -8,7 +8,7 @@ import pytest
 
 from dagan_rt._assets import asset
 from dagan_rt.benchmarking.rows import OURS
-from dagan_rt.benchmarking.suites import Case, Suite
+from dagan_rt.benchmarking.suites import PEERS, Case, FrameSuite, Suite
 from dagan_rt.errors import InputError
 
 KERNELS = asset("benchmarks", "suites", "kernels.toml")
@@ -97,3 +97,32 @@ def test_the_digest_is_of_the_text(tmp_path: Path) -> None:
     text = '[[runs]]\nop = "dense_flow"\n'
     first, again, other = (written(tmp_path, each).digest for each in (text, text, text + "# other\n"))
     assert first == again != other and len(first) == 64
+
+
+def test_the_suite_of_frames_measures_every_form_and_goal() -> None:
+    suite = FrameSuite.read(asset("benchmarks", "suites", "frames.toml"))
+    batches = {form.name: form.batches for form in suite.forms}
+    assert set(batches) == {OURS, *PEERS} and batches[OURS] == (1, 2, 4, 8, 16, 32, 64)
+    assert suite.load.streams[0] == 1 and suite.load.streams[-1] == 128 and suite.load.fps == 30
+    for goal in suite.goals:
+        assert goal.group in ("latency", "throughput", "streams") and (not goal.over or goal.over in PEERS)
+        if batch := goal.case.get("batch"):
+            assert all(int(batch) in batches[name] for name in (OURS, *filter(None, (goal.over,))))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[[forms]]\nname = "tensorrt"\nbatches = [1]', ("forms[0].name", "dagan-rt", "'tensorrt'")),
+        ('[[forms]]\nname = "dagan-rt"\nbatches = [0]', ("forms[0].batches", "at least 1")),
+        ('[[forms]]\nname = "dagan-rt"\nbatches = []', ("forms[0].batches", "at least 1")),
+        ("forms = []\n[load]\nstreams = [0]", ("load.streams", "at least 1")),
+        ("forms = []\nstage = [1]", ("stage", "not a known key")),
+        ("stages = [1]", ("lacks", "forms")),
+    ],
+)
+def test_what_a_suite_of_frames_must_not_say(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "suite.toml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        FrameSuite.read(tmp_path / "suite.toml")
+    assert "suite.toml" in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
