@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -132,8 +132,9 @@ class TorchCudaFrames:
 
     def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
         """As in `Frames`."""
-        torch, pools = self._torch, self._frame.pools
+        torch = self._torch
         with self._aside("the beginning of a session"):
+            pools = self._frame.pools
             source = pools["source_value"][slot], pools["source_jacobian"][slot]
             initial: Sequence[Any] = source
             scale = 1.0
@@ -171,7 +172,11 @@ class TorchCudaFrames:
 
     def close(self) -> None:
         """As in `Frames`."""
-        self._ring.close()
+        self._ring.close()  # the graphs first: they hold the addresses of what goes now
+        for name in ("_frame", "_beginning", "_tools", "_pool"):
+            self.__dict__.pop(name, None)
+        with suppress(RuntimeError):  # with the GPU gone there is nothing to give back
+            self._torch.cuda.empty_cache()
 
     def _enqueue(self, batch: int, stream: int) -> None:
         """The whole frame on the ring's stream: what a CUDA graph holds."""
@@ -196,6 +201,8 @@ class TorchCudaFrames:
     def _aside(self, what: str) -> Iterator[None]:
         """Work on the side stream, by one thread at a time, waited for at the end."""
         torch = self._torch
+        if not hasattr(self, "_frame"):
+            raise InputError("these frames were closed: open them again")
         with self._changing, self._explained(what), torch.inference_mode(), torch.cuda.stream(self._side):
             yield
             self._side.synchronize()
