@@ -53,7 +53,7 @@ def filter_minimally(model: ModelProto) -> int:
         if _is_wide(node, writer):
             writer.convolve(node)
             rewritten += 1
-        elif node.op_type in ELEMENTWISE and any(name in writer.tiled for name in node.input):
+        elif _follows(node, writer):
             writer.follow(node)
         else:
             writer.keep(node)
@@ -75,6 +75,13 @@ def _is_wide(node: NodeProto, writer: _Writer) -> bool:
     height, width = writer.shapes.get(node.input[0], (0, 0, 0, 0))[2:]
     whole = height % TILE == width % TILE == 0 and height * width >= TILES * TILE**2
     return kernel == TAPS and min(inputs, outputs) >= CHANNELS and whole
+
+
+def _follows(node: NodeProto, writer: _Writer) -> bool:
+    """Whether a node is computed on tiles: elementwise, some input in tiles already, and a sum one of equal maps."""
+    if node.op_type not in ELEMENTWISE or not any(name in writer.tiled for name in node.input):
+        return False
+    return node.op_type != "Add" or len({writer.shapes.get(name) for name in node.input}) == 1
 
 
 class _Writer:

@@ -171,9 +171,28 @@ def test_other_convolutions_are_left_alone(departure: dict[str, Any]) -> None:
     assert model.SerializeToString(deterministic=True) == before
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 4, 1, 1), (4, 1, 1)])
+def test_a_constant_is_added_to_the_whole_map(shape: tuple[int, ...]) -> None:
+    """As the modulation of SPADE adds 1: no map, so that the sum is not one of tiles."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(4, 3, 3, 3)), "one": rng.normal(size=shape)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["z"], "/conv", pads=[1] * 4),
+        helper.make_node("Add", ["z", "one"], ["y"], "/add"),
+    ]
+    model = model_of(nodes, weights, [1, 3, 8, 8], ["y"])
+    inputs = {"x": rng.normal(size=(1, 3, 8, 8)).astype(np.float32)}
+    (expected,) = onnxruntime_run(model, inputs)
+    assert filter_minimally(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    (found,) = onnxruntime_run(model, inputs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
+
+
 @ENGINES
-def test_a_real_generator_changes_by_rounding_only(run: Any, small_model: Any) -> None:
-    model = small_model("dagan")
+@pytest.mark.parametrize("variant", ["dagan", "dagan_spade"])
+def test_a_real_generator_changes_by_rounding_only(variant: str, run: Any, small_model: Any) -> None:
+    model = small_model(variant)
     (generator,) = [it for it in subnetworks(model.config) if it.name == "generator"]
     graph = trace(model, generator, BatchProfile.parse("1:1:4"))
     rng = np.random.default_rng(0)
@@ -181,7 +200,9 @@ def test_a_real_generator_changes_by_rounding_only(run: Any, small_model: Any) -
         it.name: rng.random([1 if isinstance(n, str) else n for n in it.shape], np.float32) for it in generator.inputs
     }
     (expected,) = onnxruntime_run(graph, inputs)
-    assert filter_minimally(graph) == 4  # two of the residual block, two of the upsampling blocks
+    rewritten = filter_minimally(graph)  # dagan: two of the residual block, two of the upsampling blocks
+    assert rewritten == 4 if variant == "dagan" else rewritten > 4
     onnx.checker.check_model(graph, full_check=True)
     (found,) = run(graph, inputs)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    atol = 2e-5 if variant == "dagan" else 3e-4  # instance norms of maps that vary little multiply the rounding
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
