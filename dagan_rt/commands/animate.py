@@ -269,5 +269,6 @@ def _report(arguments: argparse.Namespace, reenactor: Reenactor, reader: VideoRe
         f"second; the model took {milliseconds.mean():.1f} ms a frame (p50 {p50:.1f}, p95 {p95:.1f})"
     )
     print(f"busy: {shares} of the time; the slowest part: {max(busy, key=lambda part: busy[part])}")
-    print(f"backend {reenactor.backend_name}: {reenactor.backend_reason}")
+    why, _, others = reenactor.backend_reason.partition("; ")
+    print(f"backend {reenactor.backend_name}: {why}" + ("; dagan-rt info says why not another" if others else ""))
     print(f"wrote {arguments.out}")

@@ -38,7 +38,7 @@ class StandIn:
         self, bundle: Any, backend: str = "auto", motion: str = "relative", adapt_scale: bool = False, **more: Any
     ):
         self.options = {"bundle": bundle, "backend": backend, "motion": motion, "adapt_scale": adapt_scale, **more}
-        self.size, self.backend_name, self.backend_reason = SIZE, "stand-in", "nothing else is here"
+        self.size, self.backend_name, self.backend_reason = SIZE, "stand-in", "the fastest; x: away"
         self.frames = SimpleNamespace(ahead=StandIn.ahead)
         self.closed = False
         self.driven: list[int] = []
@@ -147,7 +147,7 @@ def test_each_frame_is_driven_and_written_in_step(files: dict[str, Path], capsys
         r"8 frames \(of 25 a second\) in [\d.]+ s: [\d.]+ a second; "
         r"the model took [\d.]+ ms a frame \(p50 [\d.]+, p95 [\d.]+\)\n"
         r"busy: reading \d+ %, model \d+ %, writing \d+ % of the time; the slowest part: (reading|model|writing)\n"
-        r"backend stand-in: nothing else is here\n"
+        r"backend stand-in: the fastest; dagan-rt info says why not another\n"
         f"wrote {files['out']}\n",
         said.out,
     )
