@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dagan_rt import plugins
 from dagan_rt.backends import torch as torch_backend
 from dagan_rt.bundle import Bundle
 from dagan_rt.errors import DeviceLost, InputError
@@ -28,9 +29,7 @@ def missing(bundle: Bundle | None = None) -> str | None:
     """None, or why this backend cannot run here, or not this bundle."""
     if reason := torch_backend.missing(bundle):
         return reason
-    from dagan_rt.kernels import _devices
-
-    if reason := _devices.missing():
+    if reason := plugins.missing():  # of the kernels: no GPU, or nothing that compiles them
         return reason
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
