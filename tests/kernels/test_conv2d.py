@@ -190,6 +190,15 @@ def test_parts_are_added_in_order_whichever_comes_last(tile: int) -> None:
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+def test_segments_and_chunks_of_spread_in_any_order_of_threads() -> None:
+    x, weight, bias = draw((1, 64, 3, 70, 3, 7), "float16")  # two segments of a line, two chunks of channels
+    packed, outs = pack(weight, bias, "float16"), []
+    for seed in range(4):
+        with emulation(EmulatedDevice(seed=seed)):
+            outs.append(conv2d(x, packed, config=Config("spread", 0, 1)))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitize", ["address", "thread"])
 @pytest.mark.parametrize("tile", [2, 5, 7])
