@@ -100,11 +100,10 @@ class Suite:
     @classmethod
     def read(cls, path: Path) -> Suite:
         """InputError names the key that is wrong."""
-        text = read_text(path, "suite")
-        suite: Suite = fill(cls, parse(text, str(path)), str(path))
+        suite: Suite = _filled(cls, path)
         for at, run in enumerate(suite.runs):
             suite._check(run, f"{path}: runs[{at}]")
-        return replace(suite, digest=hashlib.sha256(text.encode()).hexdigest())
+        return suite
 
     def _check(self, run: Run, where: str) -> None:
         from dagan_rt.benchmarking.operations import OPERATIONS
@@ -213,8 +212,7 @@ class FrameSuite:
     @classmethod
     def read(cls, path: Path) -> FrameSuite:
         """InputError names the key that is wrong."""
-        text = read_text(path, "suite")
-        suite: FrameSuite = fill(cls, parse(text, str(path)), str(path))
+        suite: FrameSuite = _filled(cls, path)
         for at, form in enumerate(suite.forms):
             if form.name not in (OURS, *PEERS):
                 raise InputError(
@@ -224,4 +222,10 @@ class FrameSuite:
                 raise InputError(f"{path}: forms[{at}].batches must each be at least 1, got {list(form.batches)}")
         if min((*suite.stages, *suite.load.streams), default=0) < 1:
             raise InputError(f"{path}: stages and load.streams must each be at least 1")
-        return replace(suite, digest=hashlib.sha256(text.encode()).hexdigest())
+        return suite
+
+
+def _filled(kind: Any, path: Path) -> Any:
+    """A suite as its file has it, with the file's digest."""
+    text = read_text(path, "suite")
+    return replace(fill(kind, parse(text, str(path)), str(path)), digest=hashlib.sha256(text.encode()).hexdigest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -145,8 +146,6 @@ class Frame:
         kernels.planes_to_image(planes, out=self.result[: len(planes)], reference=self._tools.reference)
 
     def _spade_module(self) -> torch.nn.Module:
-        import copy
-
         made: Any = copy.deepcopy(self._generator.decoder).to(self._tools.device, getattr(torch, self._tools.dtype))
         return made.to(memory_format=torch.channels_last).eval()
 
