@@ -68,6 +68,9 @@ class Frames(Protocol):
     def submit(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Pending:
         """Enqueue driving frames, uint8 [H, W, 3], each for its slot; slots may repeat."""
 
+    def keypoints(self, image: np.ndarray) -> KeyPoints:
+        """The key points of any face, NumPy [1, K, 2] and [1, K, 2, 2]; no slot changes."""
+
     def timed(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Times:
         """Run one batch, wait for it, and give the time of its parts."""
 
@@ -158,6 +161,10 @@ class GraphFrames:
         except Exception as error:
             return _Computed(error)
 
+    def keypoints(self, image: np.ndarray) -> KeyPoints:
+        """As in `Frames`."""
+        return on_host(self._backend, self._find(image))
+
     def timed(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Times:
         """As in `Frames`."""
         start = time.perf_counter()
@@ -222,6 +229,11 @@ class _Computed:
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
+
+
+def find_keypoints(backend: Backend, image: np.ndarray) -> KeyPoints:
+    """What `Frames.keypoints` gives, by the backend's graph."""
+    return on_host(backend, backend.run("driving", {"image": backend.from_image(image)}))
 
 
 def on_host(backend: Backend, found: Mapping[str, Any]) -> KeyPoints:

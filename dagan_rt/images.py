@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ MAX_PIXELS = 100_000_000  # 300 MB once decoded; checked in the header, before d
 MIN_SIDE = 16
 # Named, because Pillow would otherwise also try formats that start other programs (EPS runs Ghostscript).
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ENCODINGS = ("JPEG", "PNG", "WEBP")  # what travels between programs: `decode_image`, `encode_image`
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 
 
@@ -29,29 +31,59 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises `InputError` for a file that is missing, not an image, damaged, over `MAX_PIXELS` or under `MIN_SIDE`.
     """
     path = Path(path)
-    with open_input(path, "image") as file, warnings.catch_warnings():
+    with open_input(path, "image") as file:
+        return _decode(file, f"image {path}", READABLE, MAX_PIXELS)
+
+
+def decode_image(
+    data: bytes, what: str, formats: tuple[str, ...] = ENCODINGS, most_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Read an image in memory as `read_image` does; `what` ("source", "frame") names it in errors.
+
+    formats: of `READABLE`. Raises `InputError` for bytes that are none of them, damaged, over `most_pixels` or under
+    `MIN_SIDE`; the size is known and refused before anything is decoded.
+    """
+    return _decode(io.BytesIO(data), what, formats, most_pixels)
+
+
+def encode_image(image: np.ndarray, encoding: str, quality: int = 95) -> bytes:
+    """HWC uint8 RGB as a file in memory, of a kind in `ENCODINGS`; `quality` is from 1 to 95, for JPEG and WebP."""
+    check_picture(image, "image")
+    if encoding not in ENCODINGS:
+        raise InputError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
+    if not 1 <= quality <= 95:
+        raise InputError(f"quality must be 1 to 95, got {quality}")
+    file = io.BytesIO()
+    # PNG: the least effort is several times faster than the default and hardly larger on photographs.
+    options = {"compress_level": 1} if encoding == "PNG" else {"quality": quality}
+    Image.fromarray(image).save(file, encoding, **options)
+    return file.getvalue()
+
+
+def _decode(file: IO[bytes], what: str, formats: tuple[str, ...], most_pixels: int) -> np.ndarray:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF data, which is not needed, and sizes, bounded below
         try:
-            with Image.open(file, formats=READABLE) as image:
-                _check_size(path, image.size)
+            with Image.open(file, formats=formats) as image:
+                _check_size(what, image.size, most_pixels)
                 image.load()
-                return np.ascontiguousarray(_as_rgb(path, _upright(image)))
+                return np.ascontiguousarray(_as_rgb(what, _upright(image)))
         except InputError:
             raise
         except Image.DecompressionBombError:
-            raise InputError(f"image {path} has too many pixels: {MAX_PIXELS:,} are allowed") from None
+            raise InputError(f"{what} has too many pixels: {most_pixels:,} are allowed") from None
         except Image.UnidentifiedImageError:
-            raise InputError(f"image {path} is not an image this program reads ({', '.join(READABLE)})") from None
+            raise InputError(f"{what} is not an image this program reads ({', '.join(formats)})") from None
         except Exception as error:  # Pillow's decoders raise about every type there is on damaged files
-            raise InputError(f"image {path} is damaged: {error or type(error).__name__}") from None
+            raise InputError(f"{what} is damaged: {error or type(error).__name__}") from None
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
+def _check_size(what: str, size: tuple[int, int], most_pixels: int) -> None:
     width, height = size
-    if width * height > MAX_PIXELS:
-        raise InputError(f"image {path} has too many pixels: {width}x{height}, {MAX_PIXELS:,} are allowed")
+    if width * height > most_pixels:
+        raise InputError(f"{what} has too many pixels: {width}x{height}, {most_pixels:,} are allowed")
     if min(size) < MIN_SIDE:
-        raise InputError(f"image {path} is {width}x{height}, too small: each side must be at least {MIN_SIDE} pixels")
+        raise InputError(f"{what} is {width}x{height}, too small: each side must be at least {MIN_SIDE} pixels")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -61,15 +93,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _as_rgb(path: Path, image: Image.Image) -> np.ndarray:
+def _as_rgb(what: str, image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         samples = np.asarray(image)
         if samples.min() < 0 or samples.max() > 65535:
-            raise InputError(f"image {path} holds 32-bit samples, expected 8 or 16 bits: convert it first")
+            raise InputError(f"{what} holds 32-bit samples, expected 8 or 16 bits: convert it first")
         gray = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise InputError(f"image {path} holds floating-point samples, expected 8 or 16 bits: convert it first")
+        raise InputError(f"{what} holds floating-point samples, expected 8 or 16 bits: convert it first")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)

@@ -10,7 +10,7 @@ import numpy as np
 from dagan_rt import backends
 from dagan_rt.bundle import Bundle
 from dagan_rt.errors import InputError
-from dagan_rt.frames import Frames, Pending, on_host, open_frames
+from dagan_rt.frames import Frames, Pending, open_frames
 from dagan_rt.keypoints import KeyPoints
 
 MOTIONS = ("relative", "absolute")
@@ -120,8 +120,7 @@ class Reenactor:
 
     def keypoints(self, frame: np.ndarray) -> KeyPoints:
         """The key points of any face, NumPy [1, K, 2] and [1, K, 2, 2]; `frame` as in `drive`. The session stays."""
-        planes = self._backend.from_image(check_image("frame", frame, self.size))
-        return on_host(self._backend, self._backend.run("driving", {"image": planes}))
+        return self._frames.keypoints(check_image("frame", frame, self.size))
 
     def close(self) -> None:
         """Free the session's memory on the device; nothing can be driven afterwards."""

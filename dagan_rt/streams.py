@@ -24,6 +24,7 @@ from dagan_rt import backends
 from dagan_rt.bundle import Bundle
 from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.frames import Frames, Pending, batch_sizes, open_frames
+from dagan_rt.keypoints import KeyPoints
 from dagan_rt.reenactor import check_image, check_motion, open_loaded
 
 REMEMBERED = 1024  # latencies that the percentiles are taken of, a stream
@@ -35,6 +36,13 @@ class Result(NamedTuple):
     number: int  # what `push` returned
     image: np.ndarray  # HWC uint8 RGB, [size, size, 3]
     latency: float  # seconds from `push` until it was ready to be pulled
+
+
+Deliver = Callable[["Result | Exception"], None]
+
+
+class QueueFull(InputError):
+    """As many frames of a stream wait as its queue holds."""
 
 
 class Stats(NamedTuple):
@@ -70,6 +78,7 @@ class _Frame:
     pushed: float  # when, by time.monotonic()
     stream: Stream
     session: _Session
+    deliver: Deliver | None = None  # where its result goes, instead of `pull`
 
 
 @dataclass(eq=False)
@@ -227,17 +236,31 @@ class Streams:
             raise
         return stream
 
+    def keypoints(self, image: np.ndarray) -> KeyPoints:
+        """The key points of any face, NumPy [1, K, 2] and [1, K, 2, 2]; `image` as in `open`. No stream changes."""
+        checked = check_image("image", image, self.size)
+        with self._lock:
+            self._check_open()
+        with self._preparing:
+            return self._frames.keypoints(checked)
+
     @property
     def stats(self) -> Stats:
         """Of all streams together, closed ones included."""
         with self._lock:
             return self._past.stats()
 
+    @property
+    def batches(self) -> int:
+        """How many were given to the device so far."""
+        with self._lock:
+            return self._batches
+
     def report(self) -> str:
         """Backend, device, streams, memory, batches and frames so far: a table for a person to read."""
-        frames, stats = self._frames, self.stats
+        frames, stats, batches = self._frames, self.stats, self.batches
         with self._lock:
-            streams, batches = len(self._streams), self._batches
+            streams = len(self._streams)
         host = (3 * self._queue + 3) * 3 * self.size**2  # frames that wait, or are submitted; results; the source
         mean = stats.driven / batches if batches else float("nan")
         rest = _mb(frames.fixed_bytes) if frames.fixed_bytes else "an unknown amount"
@@ -438,6 +461,10 @@ class Streams:
             condition.notify_all()
         for stream in self._streams:
             stream._arrived.notify_all()
+            for frame in stream._waiting:  # nobody will drive them, and nobody asks for them
+                deliver, frame.deliver = frame.deliver, None
+                if deliver is not None:
+                    deliver(reason)
 
 
 class Stream:
@@ -454,12 +481,16 @@ class Stream:
         self._counts = _Counts(REMEMBERED)
         self._closed = False
 
-    def push(self, frame: np.ndarray) -> int:
+    def push(self, frame: np.ndarray, deliver: Deliver | None = None) -> int:
         """Hand in a copy of the next driving frame, HWC uint8 RGB, [size, size, 3], and go on; returns its number.
 
         Numbers start at 0. If as many frames wait already as the queue holds, the oldest of them is dropped. With
         relative motion, the first frame after `open`, `set_source` or `reset` is the initial one, even if it is
         dropped. Raises InputError for another frame, or if the stream is closed; the stream goes on.
+
+        deliver: takes the frame's `Result`, or what went wrong, once, instead of `pull`; then a full queue drops
+            nothing and raises QueueFull. It is called with a lock held: it must return at once, and must not call
+            anything of the streams.
         """
         pushed = time.monotonic()
         checked = check_image("frame", frame, self._streams.size)
@@ -469,12 +500,15 @@ class Stream:
         np.copyto(buffer, checked)
         with self._lock:
             session = self._check_open()
-            if len(self._waiting) == self._streams._queue:
+            if len(self._waiting) >= self._streams._queue:
+                if deliver is not None:
+                    self._buffers.append(buffer)
+                    raise QueueFull(f"{len(self._waiting)} frames of this stream wait already, as many as may")
                 self._discard(self._waiting.popleft())
             number = self._counts.of["pushed"]
             self._count("pushed")
             session.uses += 1
-            self._waiting.append(_Frame(number, buffer, pushed, self, session))
+            self._waiting.append(_Frame(number, buffer, pushed, self, session, deliver))
             if not session.begun and session.first is None:
                 self._streams._start(session, self._waiting[-1])
             self._streams._refresh(self)
@@ -525,6 +559,12 @@ class Stream:
             self._finish()
 
     @property
+    def room(self) -> int:
+        """How many frames can be pushed before the queue is full."""
+        with self._lock:
+            return self._streams._queue - len(self._waiting)
+
+    @property
     def stats(self) -> Stats:
         """Of this stream."""
         with self._lock:
@@ -569,6 +609,8 @@ class Stream:
     def _discard(self, frame: _Frame) -> None:
         """Drop a frame that waited."""
         self._count("dropped_in")
+        if frame.deliver is not None:
+            frame.deliver(InputError(f"frame {frame.number} was not driven: its stream was closed"))
         self._buffers.append(frame.image)
         self._streams._drop_use(frame.session)
 
@@ -591,6 +633,8 @@ class Stream:
         if isinstance(outcome, Exception):
             self._count("errors")
             if isinstance(outcome, DeviceLost):
+                if frame.deliver is not None:
+                    frame.deliver(outcome)
                 return  # ends all streams, and every `pull` tells it
             kind = InputError if isinstance(outcome, InputError) else RuntimeError
             result = kind(f"frame {frame.number} was not driven: {outcome}")
@@ -600,6 +644,9 @@ class Stream:
             self._count("driven")
             self._counts.latencies.append(result.latency)
             self._streams._past.latencies.append(result.latency)
+        if frame.deliver is not None:
+            frame.deliver(result)
+            return
         if self._closed:
             self._drop_result(result)
             return

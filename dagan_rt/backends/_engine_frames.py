@@ -98,6 +98,11 @@ class EngineFrames:
         self._check(slots, begun=True)
         return self._ring.submit(slots, frames)
 
+    def keypoints(self, image: np.ndarray) -> KeyPoints:
+        """As in `Frames`."""
+        with self._side.work() as stream:
+            return _on_host(stream, self._side.run("driving", image))
+
     def timed(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Times:
         """As in `Frames`."""
         self._check(slots, begun=True)

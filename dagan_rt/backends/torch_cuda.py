@@ -17,7 +17,8 @@ from dagan_rt import plugins
 from dagan_rt.backends import torch as torch_backend
 from dagan_rt.bundle import Bundle
 from dagan_rt.errors import DeviceLost, InputError
-from dagan_rt.frames import Pending, Times, on_host
+from dagan_rt.frames import Pending, Times, find_keypoints, on_host
+from dagan_rt.keypoints import KeyPoints
 from dagan_rt.transfer import movement_scale
 
 RANK = 3
@@ -152,6 +153,10 @@ class TorchCudaFrames:
         if slots and not 0 <= min(slots) <= max(slots) < self.slots:
             raise InputError(f"slots must be from 0 to {self.slots - 1}, got {list(slots)[:8]}")
         return self._ring.submit(slots, frames)
+
+    def keypoints(self, image: np.ndarray) -> KeyPoints:
+        """As in `Frames`."""
+        return find_keypoints(self._backend, image)
 
     def timed(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Times:
         """As in `Frames`."""

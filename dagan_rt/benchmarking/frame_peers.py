@@ -180,6 +180,10 @@ class TorchFrames:
         self._pending.append(pending)
         return pending
 
+    def keypoints(self, image: np.ndarray) -> KeyPoints:
+        """Peers are measured, not asked."""
+        raise InputError("a peer of the benchmark drives frames only")
+
     def timed(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Times:
         """As in `Frames`."""
         if not self._gpu:
