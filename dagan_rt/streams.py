@@ -56,6 +56,8 @@ class Stats(NamedTuple):
     p50: float
     p95: float
     p99: float
+    queue: float  # seconds that driven frames waited before their batch was submitted, summed over all of them
+    compute: float  # seconds from then until their results were there, likewise
 
 
 @dataclass(eq=False)
@@ -79,6 +81,7 @@ class _Frame:
     stream: Stream
     session: _Session
     deliver: Deliver | None = None  # where its result goes, instead of `pull`
+    submitted: float = 0.0  # when its batch was, likewise
 
 
 @dataclass(eq=False)
@@ -335,6 +338,9 @@ class Streams:
     def _submit_batches(self) -> None:
         try:
             while batch := self._next_batch():
+                submitted = time.monotonic()
+                for frame in batch:
+                    frame.submitted = submitted
                 try:
                     pending: Pending | Exception = self._frames.submit(
                         [frame.session.slot for frame in batch], [frame.image for frame in batch]
@@ -610,7 +616,9 @@ class Stream:
         """Drop a frame that waited."""
         self._count("dropped_in")
         if frame.deliver is not None:
-            frame.deliver(InputError(f"frame {frame.number} was not driven: its stream was closed"))
+            frame.deliver(
+                InputError(f"frame {frame.number} was not driven: a newer one took its place, or its stream was closed")
+            )
         self._buffers.append(frame.image)
         self._streams._drop_use(frame.session)
 
@@ -640,10 +648,13 @@ class Stream:
             result = kind(f"frame {frame.number} was not driven: {outcome}")
             result.__cause__ = outcome
         else:
-            result = Result(frame.number, outcome, time.monotonic() - frame.pushed)
+            ready = time.monotonic()
+            result = Result(frame.number, outcome, ready - frame.pushed)
             self._count("driven")
-            self._counts.latencies.append(result.latency)
-            self._streams._past.latencies.append(result.latency)
+            for counts in (self._counts, self._streams._past):
+                counts.latencies.append(result.latency)
+                counts.queue += frame.submitted - frame.pushed
+                counts.compute += ready - frame.submitted
         if frame.deliver is not None:
             frame.deliver(result)
             return
@@ -670,10 +681,12 @@ class _Counts:
     def __init__(self, remembered: int) -> None:
         self.of = dict.fromkeys(("pushed", "driven", "dropped_in", "dropped_out", "errors"), 0)
         self.latencies: deque[float] = deque(maxlen=remembered)
+        self.queue = self.compute = 0.0  # seconds, of driven frames
 
     def stats(self) -> Stats:
         p50, p95, p99 = np.percentile(self.latencies, (50, 95, 99)) if self.latencies else [float("nan")] * 3
-        return Stats(**self.of, p50=float(p50), p95=float(p95), p99=float(p99))
+        times = {"p50": float(p50), "p95": float(p95), "p99": float(p99)}
+        return Stats(**self.of, **times, queue=self.queue, compute=self.compute)
 
 
 def _mb(size: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from PIL import Image
 
 from dagan_rt import images
 from dagan_rt.errors import InputError
-from dagan_rt.images import center_square, read_image, write_image
+from dagan_rt.images import ENCODINGS, center_square, decode_image, encode_image, read_image, write_image
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
@@ -329,3 +331,55 @@ def test_the_bound_is_what_the_module_says(tmp_path: Path, monkeypatch: pytest.M
     assert "too many pixels" in error_of(tmp_path / "picture.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60)
     assert read_image(tmp_path / "picture.png").shape == (40, 60, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images in memory
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_is_encoded_decodes(encoding: str) -> None:
+    data = encode_image(picture(), encoding)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.format == encoding
+    difference = np.abs(decode_image(data, "frame").astype(int) - picture())
+    assert difference.mean() <= (0 if encoding == "PNG" else 3)
+
+
+def test_quality_makes_smaller_files() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    sizes = [len(encode_image(noise, "JPEG", quality)) for quality in (10, 50, 95)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2] / 2
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"not an image", "frame is not an image this program reads (JPEG, PNG, WEBP)"),
+        (encode_image(picture(), "JPEG")[:-200], "frame is damaged"),
+        (png(20_000, 20_000, 8, 2, b""), "frame has too many pixels: 1,000,000 are allowed"),
+        (png(10_000, 10_000, 8, 2, b""), "frame has too many pixels: 10000x10000, 1,000,000 are allowed"),
+        (png(1001, 1000, 8, 2, b""), "frame has too many pixels: 1001x1000"),
+        (png(40, 2, 8, 2, b""), "frame is 40x2, too small"),
+        (png(40, 40, 8, 2, b""), "frame is damaged"),
+        (b"", "frame is not an image"),
+    ],
+)
+def test_bad_bytes_give_one_sentence_each(data: bytes, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        decode_image(data, "frame", most_pixels=1_000_000)
+
+
+def test_only_the_formats_that_are_named_are_decoded() -> None:
+    file = io.BytesIO()
+    Image.fromarray(picture()).save(file, "BMP")
+    with pytest.raises(InputError, match="not an image this program reads"):
+        decode_image(file.getvalue(), "frame")
+    with pytest.raises(InputError, match="not an image this program reads"):
+        decode_image(encode_image(picture(), "PNG"), "frame", formats=("JPEG",))
+
+
+@pytest.mark.parametrize(("encoding", "quality"), [("GIF", 95), ("jpeg", 95), ("JPEG", 0), ("JPEG", 96)])
+def test_encodings_that_are_not_there(encoding: str, quality: int) -> None:
+    with pytest.raises(InputError, match="must be"):
+        encode_image(picture(), encoding, quality)

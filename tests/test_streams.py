@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from dagan_rt import DeviceLost, InputError, Reenactor, Streams
 from dagan_rt.frames import Times
-from dagan_rt.streams import _Schedule
+from dagan_rt.keypoints import KeyPoints
+from dagan_rt.streams import QueueFull, Result, _Schedule
 
 SIZE = 8
 PATIENCE = 20  # seconds before a test that hangs fails
@@ -78,6 +79,10 @@ class Device:
             for slot in slots:
                 self.busy[slot] += 1
         return Answer(self, list(slots), levels)
+
+    def keypoints(self, image: np.ndarray) -> KeyPoints:
+        with self._alone(0, "keypoints"):
+            return KeyPoints(np.full((1, 2, 2), image[0, 0, 0], np.float32), np.zeros((1, 2, 2, 2), np.float32))
 
     def timed(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Times:
         raise NotImplementedError
@@ -775,3 +780,101 @@ def test_three_streams_show_what_three_reenactors_show(tiny_bundle: Path) -> Non
         reenactor.set_source(source)
         for frame, image in zip(clip, images, strict=True):
             np.testing.assert_array_equal(image, reenactor.drive(frame))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results that are delivered
+
+
+def test_each_frame_is_delivered_once_and_in_order(device: Device, make: Any) -> None:
+    stream = make(queue=4).open(picture(7))
+    delivered: list[Any] = []
+    for level in range(20):
+        until(lambda: stream.room)
+        stream.push(picture(level), delivered.append)
+    until(lambda: len(delivered) == 20)
+    assert [it.number for it in delivered] == list(range(20))
+    assert [shown(it) for it in delivered] == [(7, 0, level) for level in range(20)]
+    with pytest.raises(TimeoutError):
+        stream.pull(timeout=0.01)  # nothing is left where nobody looks
+
+
+def test_a_full_queue_refuses_what_would_be_delivered_and_drops_nothing(device: Device, make: Any) -> None:
+    streams = make(queue=3, batch=1)
+    stream = streams.open(picture(7))
+    delivered: list[Any] = []
+    device.gate.clear()
+    for level in range(device.ahead):  # under way
+        stream.push(picture(level), delivered.append)
+        until(lambda: len(device.batched) == level + 1)  # noqa: B023
+    for level in range(device.ahead, device.ahead + 3):
+        assert stream.room == 3 + device.ahead - level
+        stream.push(picture(level), delivered.append)
+    assert stream.room == 0
+    with pytest.raises(QueueFull, match="3 frames of this stream wait already"):
+        stream.push(picture(99), delivered.append)
+    device.gate.set()
+    until(lambda: len(delivered) == device.ahead + 3)
+    assert [shown(it)[2] for it in delivered] == list(range(device.ahead + 3))
+    assert stream.stats.dropped_in == 0
+
+
+@pytest.mark.parametrize("end", ["the stream", "all streams"])
+def test_what_waits_is_told_when_it_ends(device: Device, make: Any, end: str) -> None:
+    streams = make(queue=3, batch=1)
+    stream = streams.open(picture(7))
+    delivered: list[Any] = []
+    device.gate.clear()
+    for level in range(device.ahead + 3):
+        stream.push(picture(level), delivered.append)
+        until(lambda: len(device.batched) == min(level + 1, device.ahead))  # noqa: B023
+    closing = threading.Thread(target=stream.close if end == "the stream" else streams.close)
+    closing.start()
+    until(lambda: len(delivered) == 3)
+    assert all(isinstance(it, InputError) for it in delivered)
+    device.gate.set()
+    closing.join(PATIENCE)
+    until(lambda: len(delivered) == device.ahead + 3)  # the others were under way, and come
+    assert [shown(it)[2] for it in delivered[3:]] == list(range(device.ahead))
+
+
+@pytest.mark.parametrize("where", ["submit", "result", "begin"])
+@pytest.mark.parametrize("error", [RuntimeError("broke"), DeviceLost("it is gone")])
+def test_what_goes_wrong_is_delivered(device: Device, make: Any, where: str, error: Exception) -> None:
+    stream = make().open(picture(7))
+    delivered: list[Any] = []
+    device.fails = lambda what, level: error if (what, level) == (where, 5) else None
+    stream.push(picture(5), delivered.append)
+    until(lambda: delivered)
+    assert isinstance(delivered[0], Exception) and str(error) in str(delivered[0])
+    if isinstance(error, DeviceLost):
+        with pytest.raises(DeviceLost):
+            stream.push(picture(6), delivered.append)
+    else:
+        stream.push(picture(6), delivered.append)
+        until(lambda: len(delivered) == 2)
+        assert isinstance(delivered[1], Result)
+    assert len(delivered) == (1 if isinstance(error, DeviceLost) else 2)
+
+
+def test_key_points_are_found_beside_the_streams(device: Device, make: Any) -> None:
+    streams = make()
+    stream = streams.open(picture(7))
+    assert streams.keypoints(picture(9)).value.tolist() == [[[9, 9], [9, 9]]]
+    stream.push(picture(5))
+    assert shown(pull(stream)) == (7, 5, 5)
+    with pytest.raises(InputError, match="uint8"):
+        streams.keypoints(picture(9)[:4])
+
+
+def test_time_is_split_into_waiting_and_computing(device: Device, make: Any) -> None:
+    streams = make(batch=1)
+    stream = streams.open(picture(7))
+    latencies = []
+    for level in range(3):
+        stream.push(picture(level))
+        latencies.append(pull(stream).latency)
+    for stats in (stream.stats, streams.stats):
+        assert stats.queue > 0 and stats.compute > 0
+        assert stats.queue + stats.compute == pytest.approx(sum(latencies))
+    assert streams.batches == 3
