@@ -685,8 +685,7 @@ class _Counts:
 
     def stats(self) -> Stats:
         p50, p95, p99 = np.percentile(self.latencies, (50, 95, 99)) if self.latencies else [float("nan")] * 3
-        times = {"p50": float(p50), "p95": float(p95), "p99": float(p99)}
-        return Stats(**self.of, **times, queue=self.queue, compute=self.compute)
+        return Stats(**self.of, p50=float(p50), p95=float(p95), p99=float(p99), queue=self.queue, compute=self.compute)
 
 
 def _mb(size: int) -> str:

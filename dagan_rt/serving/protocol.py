@@ -20,12 +20,22 @@ are cropped to their centred square and resampled. The first frame of a sequence
 | `quality`     | any      | 1 to 95 (default 95), for JPEG and WebP                                                  |
 
 `image_encoded` without `encoding` is a PNG if `image` was not asked for, and left out otherwise. Where only `kp_value`
-and `kp_jacobian` are asked for, the frame's key points are found and nothing moves.
+and `kp_jacobian` are asked for, the frame's key points are found and nothing moves; beside an image they are left out.
 
-Refusals, by status: UNAVAILABLE: the sequence's queue is full or all sequences are taken; come back. NOT_FOUND: the
-sequence is not open, as after its idle time; START again with the source. Triton itself answers a step of a sequence
-that it does not know with INVALID_ARGUMENT and "must specify the START flag". ALREADY_EXISTS: a second START without
-`restart`. INVALID_ARGUMENT: everything else that is wrong with a request.
+Requests of a sequence are handled in the order in which they came, and its frames are answered in it. A restart, and an
+END without a frame, are answered after all frames before them. END ends the sequence even where its request is refused.
+A START that is refused, or whose frame is, opens nothing; a refused restart leaves what it would have replaced as it
+was, unless that was gone already (the source or its first frame could be read, but not animated).
+
+Refusals, by status: UNAVAILABLE: the sequence's queue is full, all sequences are taken or the server stops; come back.
+NOT_FOUND: the sequence is not open, as after its idle time; START again with the source. Triton itself answers a step
+of a sequence that it does not know with INVALID_ARGUMENT and "must specify the START flag". ALREADY_EXISTS: a second
+START without `restart`. CANCELLED: nobody waits for the answer. INTERNAL: it is the server's fault, and the message
+says what happened. INVALID_ARGUMENT: everything else that is wrong with a request.
+
+Of several instances of the model, each has its own sequences: Triton keeps a sequence from START to END on one of them,
+and "all sequences are taken" speaks of that one. Triton's own candidates (`max_candidate_sequences`) hold every id that
+sent a START, refused ones too, until its END or its idle time: who comes back after UNAVAILABLE should keep its id.
 """
 
 from __future__ import annotations
@@ -39,6 +49,7 @@ from dagan_rt.images import ENCODINGS
 
 MODEL = "reenact"  # one response a request, over any protocol
 STREAM_MODEL = "reenact_stream"  # decoupled: a request holds many frames, [N, size, size, 3], and gets N responses
+OPEN_MODEL, KEYPOINTS_MODEL, DRIVE_MODEL = "dagan_open", "dagan_keypoints", "dagan_drive"  # of the layout "graphs"
 FRAME, FRAME_ENCODED, SOURCE, SOURCE_ENCODED, END = "frame", "frame_encoded", "source", "source_encoded", "end"
 IMAGE, IMAGE_ENCODED, POINTS = "image", "image_encoded", ("kp_value", "kp_jacobian")
 OPTIONS = ("motion", "adapt_scale", "restart", "encoding", "quality")
@@ -53,7 +64,7 @@ class Settings:
     backend: str = "auto"
     threads: int = 0  # CPU threads of the backend; 0: its own choice
     sequences: int = 64  # that may be open at once, an instance
-    queue: int = 8  # frames of one sequence that may wait, beyond which it is refused
+    queue: int = 8  # frames of one sequence that may be under way, from request to answer; beyond, it is refused
     batch: int = 32  # frames driven at once, at most
     deadline: float = 0.002  # seconds that a frame waits for others to share its batch
     idle: float = 60.0  # seconds without a request after which a sequence is freed

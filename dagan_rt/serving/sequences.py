@@ -1,33 +1,39 @@
 """Sequences of requests as streams: what the served model does, without a word of Triton.
 
-Every request is taken at once and answered later, exactly once: nothing may wait where there is no bound. A sequence
-has a mailbox, whose requests are handled in order, one at a time; frames go on to its stream, which batches them with
-those of the others. Threads: whoever calls `accept`; a pool, which decodes and computes sources; one that answers; one
-that frees what is idle.
+Every request is answered exactly once, and nothing waits where there is no bound: a sequence has at most
+`settings.queue` frames from the moment they are taken until they are answered, and what is more is refused at once.
+
+Requests of a sequence are handled in order, one at a time: a raw frame on the thread that brings it, since it only has
+to be copied; whatever must be decoded or computed by a pool. Its frames go on to its stream, which batches them with
+those of the others. A START, and an END without a frame, wait until every frame before them is answered. Answers are
+encoded and sent by a thread to which the sequence keeps, so they stay in order, too.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from dagan_rt.errors import InputError
+from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.images import ENCODINGS, center_square, decode_image, encode_image
+from dagan_rt.reenactor import check_motion
 from dagan_rt.serving import protocol
 from dagan_rt.serving.protocol import Options, Settings
 from dagan_rt.streams import QueueFull, Result, Stream, Streams
 
-ENCODED = (protocol.SOURCE_ENCODED, protocol.FRAME_ENCODED)
 HANDLERS = 4  # threads that decode and compute sources; few, since the model needs the cores
+ANSWERERS = 4  # threads that encode and send
+MOST_WAITING = 256 << 20  # bytes of encoded images that wait to be decoded, of all sequences together
+MOST_SCANS = 100  # of a progressive JPEG; a few bytes make a scan, and each takes a pass over all pixels
 log = logging.getLogger("dagan_rt")
 
 
@@ -46,11 +52,12 @@ class Request(Protocol):
     start: bool
     end: bool
     parameters: Mapping[str, Any]
+    inputs: dict[str, np.ndarray]  # those that were sent; copies, which are let go of once they are used
     wanted: Collection[str]  # names of outputs
     many: bool  # whether it may hold several frames, each of which gets an answer
 
-    def input(self, name: str) -> np.ndarray | None:
-        """An input by name, the caller's own copy; None if it was not sent."""
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
 
     def answer(self, outputs: Mapping[str, np.ndarray], last: bool = True) -> None:
         """Send outputs."""
@@ -60,16 +67,48 @@ class Request(Protocol):
 
 
 @dataclass(eq=False)
+class _Mail:
+    """A request that was taken and is not handled yet."""
+
+    request: Request
+    options: Options
+    frames: int  # how many it brings
+    bytes: int  # of encoded images
+
+    @property
+    def weight(self) -> int:
+        """What it takes of the sequence's queue."""
+        return max(1, self.frames)
+
+    @property
+    def last(self) -> bool:
+        """An END without a frame."""
+        return self.request.end and not self.request.start and not self.frames
+
+    @property
+    def alone(self) -> bool:
+        """Whether it must wait for all frames before it."""
+        return self.request.start or self.last
+
+    @property
+    def quick(self) -> bool:
+        """Whether it only has to be copied."""
+        return bool(self.frames) and not (self.request.start or self.bytes or _only_points(self.request))
+
+
+@dataclass(eq=False)
 class _Sequence:
     """One session, from its START until its last answer."""
 
     id: int | str
-    stream: Stream | None = None
-    mail: deque[Request] = field(default_factory=deque)
-    busy: bool = False  # whether a thread handles its mail
-    pending: int = 0  # frames in its stream
-    ended: bool = False  # END came, or it was freed
-    settled: bool = False  # all of it is answered
+    answers: ThreadPoolExecutor  # of one thread
+    started: _Mail | None = None  # its latest START
+    stream: Stream | None = None  # None before its START is handled, and after one that failed
+    mail: deque[_Mail] = field(default_factory=deque)
+    handling: bool = False  # whether a thread handles one of its requests
+    taken: int = 0  # weight of all requests that are not answered yet
+    frames: int = 0  # of these, the frames that were handed to the stream
+    ended: bool = False  # its id means nothing any more; what was taken is still answered
     used: float = 0.0  # when a request came or was answered last, by time.monotonic()
 
 
@@ -77,21 +116,20 @@ class Sequences:
     """All sequences of one model instance."""
 
     def __init__(self, streams: Streams, settings: Settings) -> None:
-        """streams: for at least `settings.sequences` streams; closed with this."""
+        """streams: for at least `settings.sequences` streams and queues of `settings.queue`; closed with this."""
         self._streams, self._settings = streams, settings
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # over all that follows, and over the sequences; not held while streams are asked
         self._open: dict[int | str, _Sequence] = {}
-        self._live = 0  # sequences that hold a stream or wait for one: those open, and those that end
+        self._places: set[_Sequence] = set()  # those open, and those that have ended and are not answered yet
+        self._bytes = 0  # of encoded images that wait
+        self._refused = 0
         self._closed = threading.Event()
-        self._answers: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.refused = 0  # requests
+        self.lost = threading.Event()  # set once a request failed because the device is gone: no later one can succeed
         self._pool = ThreadPoolExecutor(HANDLERS, "dagan-rt sequences")
-        self._threads = [
-            threading.Thread(target=work, name=f"dagan-rt {work.__name__[1:]}", daemon=True)
-            for work in (self._answer_all, self._free_idle)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._answerers = [ThreadPoolExecutor(1, "dagan-rt answers") for _ in range(ANSWERERS)]
+        self._next_answerer = itertools.cycle(self._answerers)
+        self._janitor = threading.Thread(target=self._free_idle, name="dagan-rt idle sequences", daemon=True)
+        self._janitor.start()
 
     @property
     def open(self) -> int:
@@ -99,271 +137,341 @@ class Sequences:
         with self._lock:
             return len(self._open)
 
+    @property
+    def refused(self) -> int:
+        """How many requests were answered with an error so far."""
+        with self._lock:
+            return self._refused
+
     def accept(self, request: Request) -> None:
-        """Take a request; its answer comes from another thread."""
+        """Take a request, whose answer comes from another thread, or refuse it at once. For one thread."""
         try:
             if request.sequence == 0:
-                self._pool.submit(self._guarded, request, self._warm_up)
+                with self._lock:
+                    self._check_open()
+                    self._pool.submit(self._warm_up, request)
                 return
-            options = _options(request)
+            mail = self._read(request)
             with self._lock:
-                sequence = self._start(request, options) if request.start else self._find(request)
-                if len(sequence.mail) >= self._settings.queue:
-                    raise Refused("UNAVAILABLE", f"{_name(sequence)} has {len(sequence.mail)} requests waiting already")
-                sequence.mail.append(request)
-                sequence.used = time.monotonic()
-                if request.end:
-                    sequence.ended = True
-                    self._forget(sequence)
-                if sequence.busy:
-                    return
-                sequence.busy = True
-            if request.start or any(request.input(name) is not None for name in ENCODED):
-                self._pool.submit(self._handle_mail, sequence)
-            else:
-                self._handle_mail(sequence)  # only a copy: not worth another thread
-        except Refused as refusal:
-            self._refuse(request, refusal)
+                sequence = self._take(mail)
+        except Exception as error:
+            if request.end:
+                self._end(request.sequence)  # as it does for the server in front, whatever is wrong with the request
+            self._refuse(request, error)
+            return
+        self._proceed(sequence, here=True)
 
     def close(self) -> None:
-        """Refuse what is under way, and free everything."""
-        self._closed.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Refuse what is under way, and free everything. May be called twice."""
+        with self._lock:
+            self._closed.set()
+            waiting = [(sequence, mail) for sequence in self._places for mail in sequence.mail]
+            for sequence in self._places:
+                sequence.mail.clear()
+        for sequence, mail in waiting:
+            self._settle(sequence, mail.weight)
+            self._refuse(mail.request, Refused("UNAVAILABLE", "the model is being unloaded"))
+        self._pool.shutdown()
         self._streams.close()
-        self._answers.put(None)
-        for thread in self._threads:
-            thread.join()
+        for answerer in self._answerers:
+            answerer.shutdown()
+        self._janitor.join()
 
     # ------------------------------------------------------------------------------------------------------------------
-    # one request after the other
+    # taking requests
 
-    def _handle_mail(self, sequence: _Sequence) -> None:
-        while True:
-            with self._lock:
-                if not sequence.mail:
-                    sequence.busy = False
-                    self._settle(sequence)
-                    return
-                request = sequence.mail.popleft()
-            self._guarded(request, lambda request: self._handle(sequence, request))
-
-    def _guarded(self, request: Request, work: Callable[[Request], None]) -> None:
-        """Whatever goes wrong is this request's answer."""
-        try:
-            work(request)
-        except Refused as refusal:
-            self._refuse(request, refusal)
-        except QueueFull as error:
-            self._refuse(request, Refused("UNAVAILABLE", str(error)))
-        except InputError as error:
-            self._refuse(request, Refused("INVALID_ARGUMENT", str(error)))
-        except Exception as error:
-            log.exception("a request of sequence %s failed", request.sequence)
-            self._refuse(request, Refused("INTERNAL", f"{type(error).__name__}: {error}"))
-
-    def _handle(self, sequence: _Sequence, request: Request) -> None:
-        options = _options(request)
-        if request.start:
-            try:
-                sources = self._pictures(request, protocol.SOURCE, protocol.SOURCE_ENCODED)
-                if len(sources) != 1:
-                    raise InputError(f"START must carry one source (source or source_encoded), got {len(sources)}")
-                sequence.stream = self._streams.open(sources[0], options.motion, options.adapt_scale)
-            except BaseException:
-                with self._lock:
-                    sequence.ended = True
-                    self._forget(sequence)
-                raise
-        elif request.input(protocol.SOURCE) is not None or request.input(protocol.SOURCE_ENCODED) is not None:
+    def _read(self, request: Request) -> _Mail:
+        """Check all that can be checked before anything is decoded."""
+        options = Options.read(request.parameters)
+        check_motion(options.motion, options.adapt_scale)
+        sources = self._count(request, protocol.SOURCE, protocol.SOURCE_ENCODED)
+        frames = self._count(request, protocol.FRAME, protocol.FRAME_ENCODED)
+        if request.start and sources != 1:
+            raise InputError(f"START must carry one source (source or source_encoded), got {sources}")
+        if sources and not request.start:
             raise InputError("a source goes with START alone: send START with the parameter restart to change it")
-        stream = sequence.stream
-        if stream is None:
-            raise Refused("NOT_FOUND", f"{_name(sequence)} is not open: its START failed; send START again")
-        frames = self._frames(request)
-        if not frames:
-            if not (request.start or request.end):
-                raise InputError("a step must carry a frame: send frame or frame_encoded")
-            self._answers.put(lambda: request.answer({}))
-        elif set(request.wanted) and set(request.wanted) <= set(protocol.POINTS):
-            found = self._streams.keypoints(frames[0])
-            outputs = dict(zip(protocol.POINTS, (found.value, found.jacobian), strict=True))
-            self._answers.put(lambda: request.answer({name: outputs[name] for name in request.wanted}))
-        else:
-            self._push(sequence, stream, request, frames, options)
+        if frames > 1 and not request.many:
+            raise InputError(f"a request holds one frame, got {frames}: only {protocol.STREAM_MODEL} takes more")
+        if frames > self._settings.queue:
+            raise InputError(f"a request holds at most {self._settings.queue} frames, the queue's size, got {frames}")
+        if not (frames or request.start or request.end):
+            raise InputError("a step must carry a frame: send frame or frame_encoded")
+        encoded = [request.inputs.get(name) for name in (protocol.SOURCE_ENCODED, protocol.FRAME_ENCODED)]
+        size = sum(len(data) for array in encoded if array is not None for data in array.reshape(-1))
+        return _Mail(request, options, frames, size)
 
-    def _push(
-        self, sequence: _Sequence, stream: Stream, request: Request, frames: Sequence[np.ndarray], options: Options
-    ) -> None:
-        if stream.room < len(frames):
+    def _count(self, request: Request, raw: str, encoded: str) -> int:
+        """How many pictures one input or the other holds; those that have no right to are refused."""
+        images, data = request.inputs.get(raw), request.inputs.get(encoded)
+        if images is not None and data is not None:
+            raise InputError(f"send {raw} or {encoded}, not both")
+        if images is not None:
+            side = self._streams.size
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
+                raise InputError(f"{raw} must be uint8 [1, {side}, {side}, 3], got {images.dtype} {list(images.shape)}")
+            return len(images)
+        if data is None:
+            return 0
+        for each in data.reshape(-1):
+            if not isinstance(each, bytes) or not 0 < len(each) <= protocol.MOST_ENCODED:
+                got = f"{len(each)} bytes" if isinstance(each, bytes) else type(each).__name__
+                kinds = ", ".join(ENCODINGS)
+                raise InputError(f"{encoded} must be 1 to {protocol.MOST_ENCODED} bytes of {kinds}, got {got}")
+        return data.size
+
+    def _take(self, mail: _Mail) -> _Sequence:
+        """Put a request into the mail of its sequence, or refuse it; with the lock held."""
+        self._check_open()
+        request, settings = mail.request, self._settings
+        sequence = self._open.get(request.sequence)
+        if request.start and sequence is None:
+            if len(self._places) >= settings.sequences:
+                raise Refused("UNAVAILABLE", f"all {settings.sequences} sequences are open: try again later")
+            sequence = _Sequence(request.sequence, next(self._next_answerer))
+        elif request.start and not mail.options.restart:
             raise Refused(
-                "UNAVAILABLE", f"{_name(sequence)} has room for {stream.room} more frames, {len(frames)} came: slower"
+                "ALREADY_EXISTS",
+                f"sequence {request.sequence} is open already: END it first, take another id, or send the parameter "
+                "restart",
             )
-        left = len(frames)
-        failed = False
+        elif sequence is None:
+            raise Refused(
+                "NOT_FOUND",
+                f"sequence {request.sequence} is not open here (none was started, its START failed, it ended, or "
+                f"nothing came for {settings.idle:g} seconds): send START with its source",
+            )
+        if sequence.taken + mail.weight > settings.queue and not mail.last:
+            raise Refused(
+                "UNAVAILABLE", f"sequence {request.sequence} has {sequence.taken} of at most {settings.queue} frames "
+                f"under way, {mail.weight} came: wait for their answers",
+            )  # fmt: skip
+        if self._bytes + mail.bytes > MOST_WAITING:
+            raise Refused("UNAVAILABLE", "too many encoded images wait to be decoded: try again later")
+        self._bytes += mail.bytes
+        self._places.add(sequence)
+        self._open[sequence.id] = sequence
+        sequence.mail.append(mail)
+        sequence.taken += mail.weight
+        sequence.used = time.monotonic()
+        if request.start:
+            sequence.started = mail
+        if request.end:
+            self._forget(sequence)
+        return sequence
 
-        def deliver(outcome: Result | Exception) -> None:
-            self._answers.put(lambda: answer(outcome))
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise Refused("UNAVAILABLE", "the model is being unloaded")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # handling them
+
+    def _proceed(self, sequence: _Sequence, here: bool = False) -> None:
+        """Handle the next request, if it is its turn; on this thread if it is `here` and takes no time."""
+        with self._lock:
+            if sequence.handling or not sequence.mail or (sequence.mail[0].alone and sequence.frames):
+                return
+            mail = sequence.mail.popleft()
+            sequence.handling = True
+            if not (here and mail.quick):
+                self._pool.submit(self._handle, sequence, mail)
+                return
+        self._handle(sequence, mail)
+
+    def _handle(self, sequence: _Sequence, mail: _Mail) -> None:
+        request = mail.request
+        try:
+            self._serve(sequence, mail)
+        except Exception as error:
+            if (
+                request.start and sequence.stream is None
+            ):  # otherwise it was a restart, and what it would replace goes on
+                self._fail(sequence, mail)
+            self._answer(sequence, mail.weight, self._refuse, request, error)
+        request.inputs.clear()
+        with self._lock:
+            self._bytes -= mail.bytes
+            sequence.handling = False
+        self._proceed(sequence)
+
+    def _serve(self, sequence: _Sequence, mail: _Mail) -> None:
+        request, options = mail.request, mail.options
+        if not mail.quick and request.cancelled():
+            raise Refused("CANCELLED", "nobody waits for this request any more")
+        sources = self._pictures(request, protocol.SOURCE, protocol.SOURCE_ENCODED)
+        frames = self._pictures(request, protocol.FRAME, protocol.FRAME_ENCODED)
+        if request.start:
+            if sequence.stream is not None:  # a restart
+                sequence.stream.close()
+                sequence.stream = None
+            sequence.stream = self._streams.open(sources[0], options.motion, options.adapt_scale)
+        if sequence.stream is None:
+            raise Refused("NOT_FOUND", f"sequence {sequence.id} is not open: its START failed; send START again")
+        if not frames:
+            self._answer(sequence, 1, request.answer, {})
+        elif _only_points(request):
+            found = [self._streams.keypoints(frame) for frame in frames]
+            for number, points in enumerate(found, 1):
+                outputs = {name: getattr(points, name.removeprefix("kp_")) for name in request.wanted}
+                self._answer(sequence, 1, request.answer, outputs, number == len(found))
+        else:
+            self._push(sequence, sequence.stream, mail, frames)
+
+    def _push(self, sequence: _Sequence, stream: Stream, mail: _Mail, frames: list[np.ndarray]) -> None:
+        """Hand frames to the stream; each one's outcome is answered as it comes, but a request is refused only once."""
+        request = mail.request
+        left, failed = len(frames), False
 
         def answer(outcome: Result | Exception) -> None:
             nonlocal left, failed
             left -= 1
+            if failed:
+                return
             try:
-                if not failed:  # a request is refused once
-                    failed = isinstance(outcome, Exception)
-                    self._answer(request, outcome, options, last=not left)
-            finally:
-                with self._lock:
-                    sequence.pending -= 1
-                    sequence.used = time.monotonic()
-                    self._settle(sequence)
+                if isinstance(outcome, Exception):
+                    raise outcome
+                outputs = self._outputs(request, mail.options, outcome.image)
+            except Exception as error:
+                failed = True
+                if request.start:
+                    self._fail(sequence, mail)
+                self._refuse(request, error)
+            else:
+                request.answer(outputs, not left)
 
+        def deliver(outcome: Result | Exception) -> None:
+            self._answer(sequence, 1, answer, outcome, frames=1)
+
+        with self._lock:
+            sequence.frames += len(frames)
         for frame in frames:
-            with self._lock:
-                sequence.pending += 1
             try:
                 stream.push(frame, deliver)
-            except BaseException:
-                with self._lock:
-                    sequence.pending -= 1
-                raise
+            except Exception as error:
+                deliver(error)
 
-    def _answer(self, request: Request, outcome: Result | Exception, options: Options, last: bool) -> None:
-        if isinstance(outcome, Exception):
-            status = "INVALID_ARGUMENT" if isinstance(outcome, InputError) else "INTERNAL"
-            self._refuse_now(request, status, str(outcome))
-            return
+    def _outputs(self, request: Request, options: Options, image: np.ndarray) -> dict[str, np.ndarray]:
         outputs: dict[str, np.ndarray] = {}
         if protocol.IMAGE in request.wanted:
-            outputs[protocol.IMAGE] = outcome.image
+            outputs[protocol.IMAGE] = image
         if protocol.IMAGE_ENCODED in request.wanted and (options.encoding or not outputs):
-            data = encode_image(outcome.image, options.encoding or "PNG", options.quality)
+            data = encode_image(image, options.encoding or "PNG", options.quality)
             outputs[protocol.IMAGE_ENCODED] = np.array([data], object)
-        request.answer(outputs, last)
+        return outputs
+
+    def _pictures(self, request: Request, raw: str, encoded: str) -> list[np.ndarray]:
+        """Each uint8 [size, size, 3], out of one input or the other; none where neither was sent."""
+        if encoded in request.inputs:
+            return [self._decode(encoded, data) for data in request.inputs[encoded].reshape(-1)]
+        return list(request.inputs.get(raw, ()))
+
+    def _decode(self, name: str, data: bytes) -> np.ndarray:
+        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MOST_SCANS:
+            raise InputError(f"{name} is a JPEG of too many scans: {MOST_SCANS} are allowed")
+        return center_square(decode_image(data, name, ENCODINGS, self._settings.most_pixels), self._streams.size)
 
     def _warm_up(self, request: Request) -> None:
         """Run everything once, for a request that belongs to no sequence."""
         picture = np.random.default_rng(0).integers(0, 256, (self._streams.size,) * 2 + (3,)).astype(np.uint8)
-        stream = self._streams.open(picture)
         try:
-            stream.push(picture)
-            stream.pull(timeout=600)
-        finally:
-            stream.close()
-        self._answers.put(lambda: request.answer({}))
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # pictures
-
-    def _frames(self, request: Request) -> list[np.ndarray]:
-        frames = self._pictures(request, protocol.FRAME, protocol.FRAME_ENCODED)
-        if len(frames) > 1 and not request.many:
-            raise InputError(f"a request holds one frame, got {len(frames)}: only {protocol.STREAM_MODEL} takes more")
-        return frames
-
-    def _pictures(self, request: Request, raw: str, encoded: str) -> list[np.ndarray]:
-        """Each uint8 [size, size, 3], out of one input or the other; none where neither was sent."""
-        images, data = request.input(raw), request.input(encoded)
-        if images is not None and data is not None:
-            raise InputError(f"send {raw} or {encoded}, not both")
-        if data is not None:
-            return [self._decode(encoded, each) for each in data.reshape(-1)]
-        if images is None:
-            return []
-        side = self._streams.size
-        if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
-            raise InputError(f"{raw} must be uint8 [1, {side}, {side}, 3], got {images.dtype} {list(images.shape)}")
-        return list(images)
-
-    def _decode(self, name: str, data: Any) -> np.ndarray:
-        if not isinstance(data, bytes) or not 0 < len(data) <= protocol.MOST_ENCODED:
-            got = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
-            raise InputError(f"{name} must be 1 to {protocol.MOST_ENCODED} bytes of {', '.join(ENCODINGS)}, got {got}")
-        image = decode_image(data, name, ENCODINGS, self._settings.most_pixels)
-        return center_square(image, self._streams.size)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # answers and ends
-
-    def _refuse(self, request: Request, refusal: Refused) -> None:
-        self._answers.put(lambda: self._refuse_now(request, refusal.status, str(refusal)))
-
-    def _refuse_now(self, request: Request, status: str, message: str) -> None:
-        self.refused += 1
-        request.refuse(status, message)
-
-    def _answer_all(self) -> None:
-        while (answer := self._answers.get()) is not None:
+            stream = self._streams.open(picture)
             try:
-                answer()
+                stream.push(picture)
+                stream.pull(timeout=600)
+            finally:
+                stream.close()
+            request.answer({})
+        except Exception as error:
+            self._refuse(request, error)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # answers and ends; called without the lock
+
+    def _answer(self, sequence: _Sequence, weight: int, send: Callable[..., None], *args: Any, frames: int = 0) -> None:
+        """Have something sent, by which so much of the sequence's queue is free again. Returns at once."""
+
+        def work() -> None:
+            self._settle(sequence, weight, frames)
+            try:
+                send(*args)
             except Exception:  # whoever asked is gone, say: the others still wait
                 log.exception("an answer could not be sent")
+
+        sequence.answers.submit(work)
+
+    def _settle(self, sequence: _Sequence, weight: int, frames: int = 0) -> None:
+        """Count off what is answered. Its place is free before the last answer comes, so that START may follow it."""
+        with self._lock:
+            sequence.taken -= weight
+            sequence.frames -= frames
+            sequence.used = time.monotonic()
+            through = sequence.ended and not sequence.taken
+        if through:
+            self._free(sequence)
+        self._proceed(sequence)
+
+    def _refuse(self, request: Request, error: Exception) -> None:
+        """Answer with an error, by its kind."""
+        status, message = "INTERNAL", f"{type(error).__name__}: {error}"
+        if isinstance(error, Refused):
+            status, message = error.status, str(error)
+        elif isinstance(error, QueueFull) or self._closed.is_set():
+            status = "UNAVAILABLE"
+        elif isinstance(error, InputError):
+            status, message = "INVALID_ARGUMENT", str(error)
+        else:
+            log.error("a request of sequence %s failed", request.sequence, exc_info=error)
+        if isinstance(error, DeviceLost):
+            self.lost.set()
+        with self._lock:
+            self._refused += 1
+        try:
+            request.refuse(status, message)
+        except Exception:
+            log.exception("an answer could not be sent")
+
+    def _end(self, id: int | str) -> None:
+        """END of a sequence whose request is refused, if there is one."""
+        with self._lock:
+            sequence = self._open.get(id)
+            if sequence is not None:
+                self._forget(sequence)
+            through = sequence is not None and not sequence.taken
+        if sequence is not None and through:
+            self._free(sequence)
+
+    def _fail(self, sequence: _Sequence, start: _Mail) -> None:
+        """Its START failed: it ends, unless another one came meanwhile."""
+        with self._lock:
+            if sequence.started is start:
+                self._forget(sequence)
+            through = sequence.ended and not sequence.taken
+        if through:
+            self._free(sequence)
+
+    def _forget(self, sequence: _Sequence) -> None:
+        """Its id means nothing any more; with the lock held."""
+        sequence.ended = True
+        if self._open.get(sequence.id) is sequence:
+            del self._open[sequence.id]
+
+    def _free(self, sequence: _Sequence) -> None:
+        """Give back the place of a sequence of which nothing is left."""
+        if sequence.stream is not None:
+            sequence.stream.close()
+        with self._lock:
+            self._places.discard(sequence)
 
     def _free_idle(self) -> None:
         while not self._closed.wait(min(1.0, self._settings.idle / 4)):
             late = time.monotonic() - self._settings.idle
             with self._lock:
-                for sequence in list(self._open.values()):
-                    if sequence.used < late and not sequence.busy and not sequence.pending:
-                        sequence.ended = True
-                        self._forget(sequence)
-                        self._settle(sequence)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # all of these with the lock held
-
-    def _start(self, request: Request, options: Options) -> _Sequence:
-        known = self._open.get(request.sequence)
-        if known is not None and not options.restart:
-            raise Refused(
-                "ALREADY_EXISTS",
-                f"{_name(known)} is open already: END it first, take another id, or send the parameter restart",
-            )
-        if known is not None:
-            known.ended = True
-            self._forget(known)
-            self._settle(known)
-        if self._live >= self._settings.sequences:
-            raise Refused("UNAVAILABLE", f"all {self._settings.sequences} sequences are open: try again later")
-        sequence = self._open[request.sequence] = _Sequence(request.sequence)
-        self._live += 1
-        return sequence
-
-    def _find(self, request: Request) -> _Sequence:
-        if request.sequence in self._open:
-            return self._open[request.sequence]
-        raise Refused(
-            "NOT_FOUND",
-            f"sequence {request.sequence} is not open here (none was started, it ended, or nothing came for "
-            f"{self._settings.idle:g} seconds): send START with its source",
-        )
-
-    def _forget(self, sequence: _Sequence) -> None:
-        """Its id means nothing any more; what is under way is still answered."""
-        if self._open.get(sequence.id) is sequence:
-            del self._open[sequence.id]
-
-    def _settle(self, sequence: _Sequence) -> None:
-        """Free a sequence that has ended, once all of it is answered."""
-        if sequence.settled or not sequence.ended or sequence.busy or sequence.mail or sequence.pending:
-            return
-        sequence.settled = True
-        self._answers.put(lambda: self._free(sequence))
-
-    # without it
-
-    def _free(self, sequence: _Sequence) -> None:
-        if sequence.stream is not None:
-            sequence.stream.close()
-        with self._lock:
-            self._live -= 1
+                idle = [sequence for sequence in self._open.values() if sequence.used < late and not sequence.taken]
+                for sequence in idle:
+                    self._forget(sequence)
+            for sequence in idle:
+                self._free(sequence)
 
 
-def _options(request: Request) -> Options:
-    try:
-        return Options.read(request.parameters)
-    except InputError as error:
-        raise Refused("INVALID_ARGUMENT", str(error)) from None
-
-
-def _name(sequence: _Sequence) -> str:
-    return f"sequence {sequence.id}"
+def _only_points(request: Request) -> bool:
+    return bool(request.wanted) and set(request.wanted) <= set(protocol.POINTS)
