@@ -31,6 +31,10 @@ TENSORRT_RTX = 'tensorrt-rtx-cu13>=1.4; platform_machine == "x86_64" and sys_pla
 # The Python side of TensorRT alone, which tests the plugins without its libraries.
 BINDINGS = 'tensorrt-cu13-bindings>=10.9; platform_machine == "x86_64" and sys_platform != "darwin"'
 
+# tritonserver and its Python backend, which needs NumPy 1 (with 2, outputs are empty): an environment of its own.
+TRITON_SERVER = ['nvidia-pytriton==0.7.0; platform_machine == "x86_64" and sys_platform == "linux"', "numpy>=1.26,<2"]
+TRITON = "tritonclient[grpc,http]>=2.50"
+
 # PyAV 19 renamed much of what reading and muxing uses.
 RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=16,<19", "pillow>=10.1", "tqdm>=4.66", TOMLI]
 OPENVINO = "openvino>=2026.0"  # an extra, not a requirement: fewer platforms have it than ONNX Runtime
@@ -42,9 +46,11 @@ COMPILE = [f'{package}; sys_platform != "darwin"' for package in (CUPY, *(f"{nam
 CHECKS = [
     "build>=1.2",
     "hypothesis>=6.100",
+    "kubernetes-validate>=1.34",
     "mypy>=1.11",
     "pytest>=8.2",
     "pytest-xdist>=3.6",
+    "pyyaml>=6",
     "ruff>=0.6",
     "setuptools>=77",
     "wheel>=0.43",
@@ -83,7 +89,9 @@ setup(
         "pycuda": ["pycuda>=2025.1"],  # builds from source: needs a compiler and the CUDA Toolkit
         "tensorrt": ["tensorrt-cu13>=10.8", CUPY],
         "tensorrt-rtx": [TENSORRT_RTX, CUPY],
-        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX, OPENVINO}),
+        "triton": [TRITON],
+        "triton-server": TRITON_SERVER,
+        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
 )

@@ -27,7 +27,7 @@ SHIPPED = ("dagan_rt", *FOLDERS, "tests")
 SHIPPED_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "Makefile")
 
 # What only an extra brings: the runtime must work where none of it is installed.
-OPTIONAL = ("torch", "onnx", "onnxscript", "onnxsim", "matplotlib")
+OPTIONAL = ("torch", "onnx", "onnxscript", "onnxsim", "matplotlib", "tritonclient")
 
 
 def checkout_files() -> list[Path]:
@@ -121,7 +121,7 @@ def test_the_metadata_says_what_a_plain_install_brings(wheel: Path):
     plain = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     names = {re.split(r"[^\w-]", line)[0] for line in plain if "python_version" not in line}
     assert names == {"numpy", "onnxruntime", "av", "pillow", "tqdm"}
-    assert {"torch", "export", "train", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"torch", "export", "train", "triton", "triton-server", "dev"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path):

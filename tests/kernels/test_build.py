@@ -1,4 +1,9 @@
-"""Kernels compiled for every architecture without a GPU, what they take of one, and the cache of what was compiled."""
+"""Kernels compiled for GPUs without a GPU, what they take of one, and the cache of what was compiled.
+
+All kernels for one architecture take a minute or two to compile. Slow tests take those architectures whose code
+differs; the others are the same source to the preprocessor, and only ptxas could give them other registers and spills:
+`make test-kernels` compiles them, too. What is launched is held against the kernels' parameters for all of them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +41,10 @@ from dagan_rt.kernels._devices import Array, Launch, Unit
 IMAGE = Unit("image", "image")
 #: Compiled and checked at every run (minutes each); the others where slow tests run.
 EVERY_RUN: tuple[int, ...] = ()
+#: Architectures that see the same code as another one.
+SAME_CODE = {86: 80, 89: 80, 100: 120}
+#: Whether these are compiled as well.
+COMPILE_ALL = os.environ.get("DAGAN_RT_TEST_ARCHITECTURES") == "all"
 #: Kernels that may spill, as architecture, unit and name, and why. They use all 255 registers, so that every change of
 #: the source or the compiler moves a few bytes.
 MAY_SPILL = {
@@ -74,14 +83,30 @@ def resources(request: pytest.FixtureRequest) -> Any:
     return of
 
 
-def numbers() -> list[Any]:
-    """The architectures as parameters of a test."""
-    return [
-        pytest.param(number, marks=() if number in EVERY_RUN else pytest.mark.slow) for number in _build.ARCHITECTURES
-    ]
+def compiled_as(number: int) -> int:
+    """The architecture whose kernels are compiled in its stead."""
+    return number if COMPILE_ALL else SAME_CODE.get(number, number)
 
 
-@pytest.mark.parametrize("number", numbers())
+def parameters(numbers: Iterable[int]) -> list[Any]:
+    """Architectures as parameters of a test."""
+    return [pytest.param(number, marks=() if number in EVERY_RUN else pytest.mark.slow) for number in numbers]
+
+
+def test_architectures_of_the_same_code_see_the_same_code():
+    texts = [path.read_text(encoding="utf-8") for path in asset("kernels").glob("*/*.cu*")]
+    conditions = {it for text in texts for it in re.findall(r"__CUDA_ARCH__ (>=|==) (\d+)", text)}
+    assert len(conditions) >= 3
+    assert all(
+        len(re.findall("__CUDA_ARCH", text)) == len(re.findall(r"__CUDA_ARCH__ [>=]= \d", text)) for text in texts
+    )
+    for number, same in SAME_CODE.items():
+        for comparison, value in conditions:
+            seen = [it * 10 >= int(value) if comparison == ">=" else it * 10 == int(value) for it in (number, same)]
+            assert seen[0] == seen[1], f"sm_{number} and sm_{same} differ in __CUDA_ARCH__ {comparison} {value}"
+
+
+@pytest.mark.parametrize("number", parameters(sorted({compiled_as(number) for number in _build.ARCHITECTURES})))
 def test_every_kernel_fits_every_architecture(number: int, resources: Any):
     tasks = [(unit, target) for unit in _build.units() for target in _build.architectures(unit, [number])]
     spilling = []
@@ -201,7 +226,7 @@ def _backwards(operation: Any, leaves: list[torch.Tensor]) -> None:
     result.backward(torch.empty_like(result))
 
 
-@pytest.mark.parametrize("number", numbers())
+@pytest.mark.parametrize("number", parameters(_build.ARCHITECTURES))
 def test_what_the_operations_launch_is_what_the_kernels_take(number: int, resources: Any):
     device = Recorder(number)
     _arrays.emulate(device)
@@ -214,7 +239,8 @@ def test_what_the_operations_launch_is_what_the_kernels_take(number: int, resour
     assert all(len(task) == 2 for task in wanted), "a unit was launched that is not compiled for this architecture"
     shipped = [task for task in wanted if task[0] in _build.units()]
     assert {it.op for it, _ in shipped} == set(_build.OPERATIONS)
-    known = {(unit, it.kernel): it for (unit, _), found in resources(shipped).items() for it in found}
+    compiled = [(unit, *_build.architectures(unit, [compiled_as(number)])) for unit, _ in shipped]
+    known = {(unit, it.kernel): it for (unit, _), found in resources(compiled).items() for it in found}
     for launch in device.launches:
         if launch.unit not in _build.units():
             continue  # of the same sources as one that is, with other sizes
