@@ -1,4 +1,4 @@
-"""A bundle appears whole or not at all, and an older one stays until then."""
+"""A bundle or a model repository appears whole or not at all, and an older one stays until then."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dagan_rt.bundle import is_bundle
 from dagan_rt.errors import InputError
+from dagan_rt.serving.repository import is_repository
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -24,8 +25,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def staged(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its place when the block ends well, and is deleted when not.
 
-    An existing bundle is replaced only with `force`, and stays as it is if the block fails. Anything else that
-    already stands at `target`, save an empty folder, is never touched: InputError. What a killed process left
+    An existing bundle or repository is replaced only with `force`, and stays as it is if the block fails. Anything else
+    that already stands at `target`, save an empty folder, is never touched: InputError. What a killed process left
     half-made for the same target is deleted first. A disk that is full is an InputError too.
     """
     target = Path(target)
@@ -46,9 +47,9 @@ def staged(target: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise InputError unless a bundle may be written to `target`."""
+    """Raise InputError unless a bundle or a repository may be written to `target`."""
     if target.name in ("", "..") or "\0" in target.name:
-        raise InputError(f"{target} cannot be written: give the bundle's own name, as some/folder/bundle")
+        raise InputError(f"{target} cannot be written: give the folder's own name, as some/folder/bundle")
     if not target.parent.is_dir():
         raise InputError(f"{target} cannot be written: the folder {target.parent} does not exist, make it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -57,10 +58,23 @@ def check_target(target: Path, *, force: bool) -> None:
         return
     if target.is_symlink():
         raise InputError(f"{target} cannot be written: it is a link, which is not a bundle; name the folder itself")
-    if not target.is_dir() or not is_bundle(target):
-        raise InputError(f"{target} cannot be written: what stands there is not a bundle, choose another name")
+    kind = "a bundle" if is_bundle(target) else "a model repository" if is_repository(target) else None
+    if kind is None:
+        raise InputError(
+            f"{target} cannot be written: what stands there is not a bundle, nor a model repository of dagan-rt: "
+            "choose another name"
+        )
     if not force:
-        raise InputError(f"{target} is a bundle already: choose another name, or replace it with --force")
+        raise InputError(f"{target} is {kind} already: choose another name, or replace it with --force")
+
+
+def share(file: Path, copy: Path) -> None:
+    """The same file under a second name where the file system can, else a copy: nothing here changes one in place."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, copy)
+    except OSError:
+        shutil.copyfile(file, copy)
 
 
 def _swap(partial: Path, target: Path) -> None:
@@ -91,7 +105,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def _naming(target: Path, partial: Path) -> Iterator[None]:
-    """Say of a write that failed which bundle it was for: the system names no file, or one that is gone by now."""
+    """Say of a write that failed which folder it was for: the system names no file, or one that is gone by now."""
     try:
         yield
     except OSError as error:

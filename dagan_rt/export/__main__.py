@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from dagan_rt.cli import guarded
 from dagan_rt.errors import InputError
-from dagan_rt.export.plan import BUDGETS, OPSETS, REWRITES, TARGETS, Plan, read_plan
+from dagan_rt.export.plan import BUDGETS, OPSETS, REWRITES, TARGETS, TRITON, Plan, read_plan, read_serving
 from dagan_rt.export.tensorrt import PORTABLE
 
 
@@ -30,15 +30,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m dagan_rt.export",
         description="Export a checkpoint to a bundle of ONNX graphs and TensorRT engines, each compared with PyTorch "
-        "before it is kept.",
+        "before it is kept. With the target triton the bundle lies in a model repository for Triton Inference Server, "
+        "as the recipe's table [triton] says.",
         allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="generator and key points")
     parser.add_argument(
         "--depth", type=Path, metavar="DIR", help="folder with encoder.pth and depth.pth, for variants that use depth"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle to write")
-    parser.add_argument("--force", action="store_true", help="replace the bundle that --out already is")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle or model repository to write")
+    parser.add_argument("--force", action="store_true", help="replace the bundle or repository that --out already is")
     parser.add_argument(
         "--verify-with", type=Path, nargs="+", default=[], metavar="IMAGE",
         help="up to four images of faces to compare on: a source, then driving ones (default: a drawn head)",
@@ -107,10 +108,13 @@ def run(arguments: argparse.Namespace) -> int:
     if len(arguments.verify_with) > 4:
         raise InputError(f"--verify-with takes at most 4 images, got {len(arguments.verify_with)}")
 
-    from dagan_rt.export import check, export, steps
+    from dagan_rt.export import check, export, steps, triton
     from dagan_rt.staging import check_target
 
     check_target(arguments.out, force=arguments.force)
+    serving = read_serving(arguments.recipe) if plan.repository else None
+    if serving is not None:
+        triton.check(plan, serving)
     check(plan)
 
     from dagan_rt import checkpoints
@@ -120,11 +124,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     model = checkpoint.build()
     del checkpoint
+    options: dict[str, Any] = {"force": arguments.force, "images": arguments.verify_with}
     with _progress(steps(model.config, plan)) as report:
-        bundle, measured = export(
-            model, arguments.out, plan, force=arguments.force, images=arguments.verify_with, report=report
-        )
+        if serving is not None:
+            repository, measured = triton.export_repository(
+                model, arguments.out, plan, serving, report=report, **options
+            )
+        else:
+            bundle, measured = export(model, arguments.out, plan, report=report, **options)
     print(measured.table())
+    if serving is not None:
+        print(triton.described(repository))
+        return 0
     size, megabytes = bundle.config.size, sum(entry["bytes"] for entry in bundle.manifest["files"].values()) / 1e6
     print(f"wrote {bundle.path}: {bundle.config.variant}, {size} × {size}, {megabytes:.0f} MB")
     files = ["--source", "portrait.png", "--driving", "clip.mp4", "--out", "result.mp4"]
@@ -144,6 +155,8 @@ def _rebuild(arguments: argparse.Namespace, given: Mapping[str, Any]) -> int:
         raise InputError(f"--{option} cannot be used with --rebuild: export the checkpoint again")
     from dagan_rt.export.rebuild import rebuild
 
+    if TRITON in given.get("targets", ()):
+        raise InputError("--target triton cannot be used with --rebuild: run dagan-rt triton write BUNDLE afterwards")
     targets, capabilities = (tuple(given.get(name, ())) for name in ("targets", "compute_capabilities"))
     with _progress(None) as report:
         bundle, measured = rebuild(arguments.rebuild, targets, capabilities, given.get("plugins", ""), report)

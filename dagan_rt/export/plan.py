@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dagan_rt._assets import asset
 from dagan_rt.bundle import BatchProfile
 from dagan_rt.engines import CAPABILITY, FLAVOURS
 from dagan_rt.errors import InputError
 from dagan_rt.plugins import KINDS
-from dagan_rt.tables import fill, parse, read_text
+from dagan_rt.serving.repository import ServingPlan
+from dagan_rt.tables import fill, parse, read_text, table
 
-TARGETS = ("onnx", *FLAVOURS)
+T = TypeVar("T")
+
+TRITON = "triton"  # the target, and the table of a recipe that says how
+TARGETS = ("onnx", *FLAVOURS, TRITON)
 OPSETS = range(17, 21)  # GridSample came with 16; the tracer's limit is 20
 REWRITES = ("cpu", "openvino", "none")
 #: Least PSNR in dB of reenacted frames against fp32 PyTorch; fp32 is held to `verify.EXACT_FRAMES` instead.
@@ -28,7 +32,7 @@ class Plan:
     """One deployment; every field is a key of a recipe and an option of the command."""
 
     precision: str = "fp32"  # or fp16, int8, or auto: for each graph the fastest that keeps the budget
-    targets: tuple[str, ...] = ("onnx",)  # the ONNX graphs are always written: engines are built from them
+    targets: tuple[str, ...] = ("onnx",)  # ONNX graphs are always written; "triton" puts all into a model repository
     batch: str = "1:1:8"  # a BatchProfile
     budget: float = 0.0  # least PSNR in dB of reenacted frames; 0 takes the precision's own
     calibrate: str = ""  # what int8 is calibrated on: a folder of clips and pictures, or "heads", synthetic ones
@@ -79,7 +83,12 @@ class Plan:
     @property
     def flavours(self) -> tuple[str, ...]:
         """The kinds of TensorRT to build engines for."""
-        return tuple(target for target in dict.fromkeys(self.targets) if target != "onnx")
+        return tuple(target for target in dict.fromkeys(self.targets) if target in FLAVOURS)
+
+    @property
+    def repository(self) -> bool:
+        """Whether a model repository for Triton is wanted, with the bundle inside it."""
+        return TRITON in self.targets
 
     @property
     def rewritten_for_cpus(self) -> bool:
@@ -108,9 +117,31 @@ def read_plan(recipe: str | None, changes: Mapping[str, Any] | None = None) -> P
     changes: values as TOML has them (lists, not tuples), which replace the recipe's.
     Raises InputError naming the file and the key of what is wrong.
     """
-    changes = dict(changes or {})
+
+    def of(tables: Mapping[str, Any], name: str) -> Plan:
+        plan: Plan = fill(
+            Plan, {key: value for key, value in tables.items() if key != TRITON} | dict(changes or {}), name
+        )
+        return plan
+
+    return _read(recipe, of, bool(changes))
+
+
+def read_serving(recipe: str | None, changes: Mapping[str, Any] | None = None) -> ServingPlan:
+    """How a model repository serves: the table [triton] of a recipe with some keys changed; as `read_plan`."""
+
+    def of(tables: Mapping[str, Any], name: str) -> ServingPlan:
+        where = TRITON if recipe is not None else ""
+        plan: ServingPlan = fill(ServingPlan, table(tables, TRITON, name) | dict(changes or {}), name, where)
+        return plan
+
+    return _read(recipe, of, bool(changes))
+
+
+def _read(recipe: str | None, of: Callable[[Mapping[str, Any], str], T], changed: bool) -> T:
+    """What `of` makes of the tables of a recipe, which its errors name."""
     if recipe is None:
-        return _plan(changes, "the options")
+        return of({}, "the options")
     path = Path(recipe)
     if not path.is_file() and path.name == recipe and not path.suffix:
         shipped = sorted(file.stem for file in asset("export", "recipes").glob("*.toml"))
@@ -119,13 +150,8 @@ def read_plan(recipe: str | None, changes: Mapping[str, Any] | None = None) -> P
         path = asset("export", "recipes", f"{recipe}.toml")
     text = read_text(path)
     try:
-        return _plan(parse(text, recipe) | changes, recipe)
+        return of(parse(text, recipe), recipe)
     except InputError as error:
         if str(error).startswith(recipe):
             raise
-        raise InputError(f"{recipe}{', changed by options' if changes else ''}: {error}") from None
-
-
-def _plan(values: Mapping[str, Any], name: str) -> Plan:
-    plan: Plan = fill(Plan, values, name)
-    return plan
+        raise InputError(f"{recipe}{', changed by options' if changed else ''}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +16,7 @@ from dagan_rt.export import tensorrt
 from dagan_rt.export.plan import Plan
 from dagan_rt.export.verify import Built, References, engine_report, require_passed
 from dagan_rt.report import REPORT, Report
-from dagan_rt.staging import staged
+from dagan_rt.staging import share, staged
 from dagan_rt.tables import fill
 
 Step = Callable[[str], None]
@@ -77,7 +76,7 @@ def rebuild(
         raise InputError(f"bundle {bundle.path} holds no engines to rebuild: name a kind with --target")
     with staged(bundle.path, force=True) as folder:
         for name in bundle.manifest["files"]:
-            _share(bundle.path / name, folder / name)
+            share(bundle.path / name, folder / name)
         built = build_engines(folder, plan, bundle.manifest, report)
         replaced = {(new.flavour, new.compute_capabilities) for new, _ in built}
         keys = {new.key for new, _ in built}
@@ -118,12 +117,3 @@ def _measured(bundle: Bundle, plan: Plan, built: Built, rewritten: bool) -> Repo
     measured = references.measure(bundle, built, notes)
     require_passed(measured)
     return replace(measured, engines=kept | measured.engines)
-
-
-def _share(file: Path, copy: Path) -> None:
-    """The same file under a second name where the file system can, else a copy: nothing here changes one in place."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, copy)
-    except OSError:
-        shutil.copyfile(file, copy)

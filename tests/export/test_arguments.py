@@ -61,7 +61,7 @@ SHIPPED = ", ".join(sorted(path.stem for path in asset("export", "recipes").glob
 SIZES = ("0", "8:1:32", "x", "-1", "1:8", str(10**9), "1:2:4:8", "1.5", "2000")
 #: What is known to be wrong before any checkpoint is looked at.
 AT_ONCE = [
-    ("--target cuda", "target must be one of onnx, tensorrt, tensorrt-rtx, got 'cuda'"),
+    ("--target cuda", "target must be one of onnx, tensorrt, tensorrt-rtx, triton, got 'cuda'"),
     ("--target onnx cuda", "got 'cuda'"),
     ("--precision fp8", "precision must be one of fp32, fp16, int8, auto, got 'fp8'"),
     ("--recipe gpu", f"recipe must be a TOML file or one of {SHIPPED}, got 'gpu'"),
@@ -107,7 +107,7 @@ AT_ONCE = [
     ("--out no/bundle", "the folder no does not exist, make it first"),
     ("--out not.toml", "what stands there is not a bundle"),
     ("--out broken", "what stands there is not a bundle"),
-    ("--out .", "give the bundle's own name"),
+    ("--out .", "give the folder's own name"),
 ]
 
 

@@ -87,7 +87,7 @@ def test_flavours_are_the_targets_with_engines_once_each() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"precision": "fp8"}, "precision must be one of fp32, fp16, int8, auto, got 'fp8'"),
-    ({"targets": ["cuda"]}, "target must be one of onnx, tensorrt, tensorrt-rtx, got 'cuda'"),
+    ({"targets": ["cuda"]}, "target must be one of onnx, tensorrt, tensorrt-rtx, triton, got 'cuda'"),
     ({"batch": "8:1:32"}, "batch must be N"),
     ({"opset": OPSETS.start - 1}, "opset must be in 17..20, got 16"),
     ({"opset": OPSETS.stop}, "opset must be in 17..20, got 21"),
@@ -129,7 +129,7 @@ def test_recipes_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("missing.toml", "no/cpu-fp32"):
         with pytest.raises(InputError, match=f"^recipe {name} cannot be read: No such file"):
             read_plan(name)
-    (tmp_path / "triton").mkdir()  # a folder of that name does not hide the recipe, a file does
+    (tmp_path / "triton-graphs").mkdir()  # a folder of that name does not hide the recipe, a file does
     write(tmp_path / "cpu-fp32", {"opset": 20})
     monkeypatch.chdir(tmp_path)
-    assert read_plan("triton").batch == "1:8:32" and read_plan("cpu-fp32").opset == 20
+    assert read_plan("triton-graphs").batch == "1:8:32" and read_plan("cpu-fp32").opset == 20
