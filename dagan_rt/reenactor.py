@@ -39,7 +39,8 @@ class Reenactor:
     ) -> None:
         """Open a bundle and load it into a backend.
 
-        bundle: a folder written by `python -m dagan_rt.export`, or one opened before.
+        bundle: a folder written by `python -m dagan_rt.export`, or one opened before; or a server that serves one,
+            "grpc://host:8001" or "http://host:8000", which brings its own backend.
         backend: "auto" (the fastest that runs here), a name out of `dagan_rt.backends.available()`, or what
             `dagan_rt.backends.open_backend` gave for this bundle, which several sessions can share.
         motion: "relative" moves the source as the driving face moved since its first frame, and keeps the source's
@@ -47,13 +48,13 @@ class Reenactor:
         adapt_scale: with relative motion, scale the movement by the size of the source face over the driving one.
         threads: CPU threads; None takes all cores.
 
-        Raises InputError if the bundle is damaged or the backend cannot run here, ValueError for a wrong argument.
+        Raises InputError if the bundle is damaged, the backend cannot run here or the server cannot be used,
+        ValueError for a wrong argument.
         """
         check_motion(motion, adapt_scale)
         self._relative, self._adapt_scale = motion == "relative", adapt_scale
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        self._backend, self._reason = open_loaded(opened, backend, threads)
-        self._frames = open_frames(self._backend, opened)
+        opening = _open_remote if is_address(bundle) else _open_here
+        self._frames, self._backend_name, self._reason = opening(bundle, backend, threads)
         self._has_source = self._begun = False
         self._last: Pending | None = None
 
@@ -70,7 +71,7 @@ class Reenactor:
     @property
     def backend_name(self) -> str:
         """The backend in use, which "auto" chose."""
-        return self._backend.name
+        return self._backend_name
 
     @property
     def backend_reason(self) -> str:
@@ -138,6 +139,11 @@ class Reenactor:
             raise InputError(f"{what} must wait for the frames under way: take the results of submit first")
 
 
+def is_address(bundle: object) -> bool:
+    """Whether this names a server rather than a folder."""
+    return isinstance(bundle, str) and "://" in bundle
+
+
 def check_motion(motion: str, adapt_scale: bool) -> None:
     """Refuse a motion that is not one of `MOTIONS`, and a scale that has nothing to scale."""
     if motion not in MOTIONS:
@@ -166,3 +172,24 @@ def open_loaded(
         return backend, "given by the caller"
     opened, choice = backends.open_chosen(backend, bundle, threads)
     return opened, choice.reason
+
+
+def _open_here(
+    bundle: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
+) -> tuple[Frames, str, str]:
+    """The frames of a bundle in a backend, its name, and why this one."""
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    loaded, reason = open_loaded(opened, backend, threads)
+    return open_frames(loaded, opened), loaded.name, reason
+
+
+def _open_remote(
+    url: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
+) -> tuple[Frames, str, str]:
+    """The same of a server."""
+    from dagan_rt.serving.remote import RemoteFrames
+
+    if backend not in ("auto", RemoteFrames.name) or threads is not None:
+        raise InputError(f"the server at {url} has a backend and threads of its own: leave out backend and threads")
+    frames = RemoteFrames(str(url))
+    return frames, frames.name, frames.reason

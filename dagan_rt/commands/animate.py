@@ -32,7 +32,12 @@ def add_parser(subparsers: Any) -> None:
         description="Animate a portrait with the motion of a video. Portrait and video are cropped to their centred "
         "square; the sound of the video is kept.",
     )
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="exported model (a folder)")
+    parser.add_argument(
+        "--bundle",
+        required=True,
+        metavar="DIR",
+        help="exported model (a folder), or a server that serves one (grpc://host:8001, http://host:8000)",
+    )
     parser.add_argument("--source", type=Path, required=True, metavar="IMAGE", help="the portrait")
     parser.add_argument("--driving", type=Path, required=True, metavar="VIDEO", help="the video whose motion is used")
     parser.add_argument("--out", type=Path, required=True, metavar="VIDEO", help="result: .mp4, .m4v, .mov, .mkv, .gif")

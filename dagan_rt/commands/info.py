@@ -1,4 +1,4 @@
-"""`dagan-rt info`: what a checkpoint or an exported bundle holds, and which backend would run it here."""
+"""`dagan-rt info`: what a checkpoint, an exported bundle or a server holds, and which backend would run it here."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("info", help="say what a checkpoint or a bundle holds, and which backends run here")
+    parser = subparsers.add_parser(
+        "info", help="say what a checkpoint, a bundle or a server holds, and which backends run here"
+    )
     parser.add_argument(
-        "file", type=Path, nargs="?", metavar="FILE", help="checkpoint (.pth.tar) or bundle folder; none: the backends"
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="checkpoint (.pth.tar), bundle folder or a server's address (grpc://host:8001); none: the backends",
     )
     parser.add_argument("--depth", type=Path, metavar="DIR", help="folder with the checkpoint's encoder.pth, depth.pth")
     parser.set_defaults(run=run)
@@ -31,18 +36,27 @@ def run(args: argparse.Namespace) -> int:
             raise InputError("--depth goes with a checkpoint: give its file, too")
         print(describe_backends())
         return 0
-    if (args.file / "manifest.json").is_file():
+    path = Path(args.file)
+    if "://" in args.file:
+        from dagan_rt.serving import Client
+
+        if args.depth is not None:
+            raise InputError(f"--depth goes with a checkpoint, but {args.file} is a server")
+        with Client(args.file) as client:
+            print(client.served.describe())
+        return 0
+    if (path / "manifest.json").is_file():
         from dagan_rt import bundle
 
         if args.depth is not None:
-            raise InputError(f"--depth goes with a checkpoint, but {args.file} is a bundle, which brings its own")
-        opened = bundle.Bundle.open(args.file)
+            raise InputError(f"--depth goes with a checkpoint, but {path} is a bundle, which brings its own")
+        opened = bundle.Bundle.open(path)
         print(bundle.describe(opened), describe_backends(opened), sep="\n\n")
         return 0
     require("torch", extra="export", why="reading a checkpoint")
     from dagan_rt.checkpoints import inspect
 
-    print(describe(inspect(args.file, args.depth)))
+    print(describe(inspect(path, args.depth)))
     return 0
 
 

@@ -158,11 +158,11 @@ def test_each_frame_is_driven_and_written_in_step(files: dict[str, Path], capsys
 def test_options_reach_the_model(files: dict[str, Path]) -> None:
     assert animate(files, "--absolute", "--backend", "torch", "--threads", "3") == 0
     assert StandIn.made[0].options == {
-        "bundle": files["bundle"], "backend": "torch", "motion": "absolute", "adapt_scale": False, "threads": 3,
+        "bundle": str(files["bundle"]), "backend": "torch", "motion": "absolute", "adapt_scale": False, "threads": 3,
     }  # fmt: skip
     assert animate(files, "--adapt-scale") == 0
     assert StandIn.made[1].options == {
-        "bundle": files["bundle"], "backend": "auto", "motion": "relative", "adapt_scale": True,
+        "bundle": str(files["bundle"]), "backend": "auto", "motion": "relative", "adapt_scale": True,
     }  # fmt: skip
 
 
