@@ -1,8 +1,8 @@
 """Many sessions in one process: frames of all of them share batches on one device.
 
 Three threads work for all streams. One collects waiting frames into batches and submits them; one takes the results
-and hands them out; one computes the initial key points of new sessions. Sources are computed on the caller's thread,
-in a slot that nobody uses yet: no stream waits for another one's source.
+and hands them out, if submitting has not brought them at once; one computes the initial key points of new sessions.
+Sources are computed on the caller's thread, in a slot that nobody uses yet: no stream waits for another one's source.
 
 Every queue is bounded, and its oldest entry gives way: who reads or computes too slowly sees fewer frames, never older
 ones.
@@ -350,8 +350,13 @@ class Streams:
                 with self._lock:
                     for frame in batch:
                         frame.stream._buffers.append(frame.image)
-                    self._under_way.append((batch, pending))
-                    self._landing.notify()
+                    # A CPU is through with it by now, and another thread's waking up would only make it late.
+                    here = self._in_flight == 1 and (isinstance(pending, Exception) or pending.done())
+                    if not here:
+                        self._under_way.append((batch, pending))
+                        self._landing.notify()
+                if here:
+                    self._hand_out(batch, pending)
         finally:
             with self._lock:
                 self._under_way.append(None)
@@ -379,24 +384,27 @@ class Streams:
                 batch_or_end = self._under_way.popleft()
             if batch_or_end is None:
                 return
-            batch, pending = batch_or_end
-            outcomes: list[np.ndarray | Exception]
-            try:
-                if isinstance(pending, Exception):
-                    raise pending
-                images = pending.result()
-                # A view would keep the whole batch in memory for as long as one of its images is kept.
-                outcomes = [images[0]] if len(batch) == 1 else [image.copy() for image in images]
-            except Exception as error:
-                outcomes = [error] * len(batch)
-            with self._lock:
-                self._in_flight -= 1
-                for frame, outcome in zip(batch, outcomes, strict=True):
-                    self._drop_use(frame.session)
-                    frame.stream._deliver(frame, outcome)
-                if isinstance(outcomes[0], DeviceLost):
-                    self._end(outcomes[0])
-                self._batchable.notify()
+            self._hand_out(*batch_or_end)
+
+    def _hand_out(self, batch: list[_Frame], pending: Pending | Exception) -> None:
+        """Wait for the results of a batch, and give each to its stream."""
+        outcomes: list[np.ndarray | Exception]
+        try:
+            if isinstance(pending, Exception):
+                raise pending
+            images = pending.result()
+            # A view would keep the whole batch in memory for as long as one of its images is kept.
+            outcomes = [images[0]] if len(batch) == 1 else [image.copy() for image in images]
+        except Exception as error:
+            outcomes = [error] * len(batch)
+        with self._lock:
+            self._in_flight -= 1
+            for frame, outcome in zip(batch, outcomes, strict=True):
+                self._drop_use(frame.session)
+                frame.stream._deliver(frame, outcome)
+            if isinstance(outcomes[0], DeviceLost):
+                self._end(outcomes[0])
+            self._batchable.notify()
 
     def _start_sessions(self) -> None:
         """Compute the initial key points of sessions whose first frame is there."""

@@ -621,7 +621,7 @@ def test_a_stream_without_memory_harms_no_other(device: Device, make: Any, error
 def test_an_error_that_nobody_foresaw_is_told(device: Device, make: Any) -> None:
     streams = make()
     stream = streams.open(picture(1), motion="absolute")
-    device.submit = lambda slots, frames: SimpleNamespace(result=lambda: 7)  # type: ignore[method-assign,return-value,assignment]
+    device.submit = lambda slots, frames: SimpleNamespace(done=lambda: False, result=lambda: 7)  # type: ignore[method-assign,return-value,assignment]
     stream._deliver = None  # type: ignore[method-assign,assignment]
     stream.push(picture(2))
     with pytest.raises(RuntimeError, match="not callable"):

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from dagan_rt.networks.model import Model
     from dagan_rt.report import Report
 
-QUEUE_DELAY = 200  # microseconds in which requests gather that Triton hands over together
+QUEUE_DELAY = 0  # microseconds: the model gathers frames by itself, and waiting twice would only make them late
 # Sequences that Triton keeps at a time, four times what a model may: a START that is refused holds one until idle time.
 CANDIDATES = 16384
 PATIENCE = 5.0  # seconds that Triton keeps an idle sequence longer than the model, whose refusal says more

@@ -22,6 +22,7 @@ import numpy as np
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.serving import protocol
 from dagan_rt.serving.asynchronous import AHEAD, AsyncClient, Served
+from dagan_rt.serving.direct import Direct
 from dagan_rt.serving.sessions import AsyncSession, Picture
 from dagan_rt.serving.transport import DeadlineExceeded
 
@@ -99,12 +100,18 @@ class Session:
         self._client, self._session = client, session
         self.size, self.ahead = session.size, session.ahead
         self._room = threading.BoundedSemaphore(session.ahead)
+        transport = client._client.transport
+        self._direct = Direct(transport, session) if Direct.possible(transport, session) else None
 
     def drive(self, frame: Picture, timeout: float | None = None) -> np.ndarray:
         """Drive one frame, uint8 [size, size, 3] or a file in memory, and wait for its image, uint8 [size, size, 3].
 
         Errors: as for `AsyncSession.drive`.
         """
+        if self._direct is not None and isinstance(frame, np.ndarray):
+            image = self._direct.drive(frame, self._client._client.timeout if timeout is None else timeout)
+            if image is not None:
+                return image
         return self._client._run(self._session.drive(frame, timeout))
 
     def submit(self, frame: Picture, timeout: float | None = None) -> Submitted:
@@ -153,6 +160,9 @@ class Session:
 
     def close(self) -> None:
         """End the session; nothing can be driven afterwards. May be called twice."""
+        if self._direct is not None:
+            direct, self._direct = self._direct, None
+            direct.close()
         self._client._run(self._session.close())
 
     def __enter__(self) -> Session:

@@ -122,6 +122,11 @@ class AsyncGraphSession(AsyncSession):
             self._turns.put_nowait(turn)
         self._late: set[asyncio.Future[Any]] = set()  # requests for tensors that nobody waits for any more
 
+    @property
+    def spare(self) -> None:
+        """None: its memory holds more than images, and is laid out by itself."""
+        return None
+
     async def drive_many(
         self, frames: Iterable[Picture] | AsyncIterable[Picture], timeout: float | None = None
     ) -> AsyncIterator[np.ndarray]:

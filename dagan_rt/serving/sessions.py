@@ -138,6 +138,20 @@ class AsyncSession:
         self._ends: set[asyncio.Future[None]] = set()
         self._closed = False
 
+    @property
+    def running(self) -> tuple[str, int] | None:
+        """Its model and its id on the server, where it is there and has its initial frame, as far as we know."""
+        course = self._course
+        if self._closed or course is None or not course.started or (self._relative and course.initial is None):
+            return None
+        return course.model, course.id
+
+    @property
+    def spare(self) -> tuple[Region, int, int] | None:
+        """The shared memory, and the numbers of a frame and an image in it that no turn uses; None if there is none."""
+        region = self._region
+        return None if region is None or self._sharing == "cuda" else (region, 2 * self.ahead, 2 * self.ahead + 1)
+
     async def drive(self, frame: Picture, timeout: float | None = None) -> np.ndarray:
         """Give the source the expression and pose of a driving frame; as `Reenactor.drive`, on the server.
 
@@ -438,7 +452,7 @@ class AsyncSession:
     async def _turn(self, deadline: Deadline) -> AsyncIterator[_Turn]:
         """Wait for a place among the frames under way."""
         self._current()
-        turn = await deadline.wait(self._turns.get())
+        turn = await deadline.wait(self._turns.get()) if self._turns.empty() else self._turns.get_nowait()
         turn.request = None
         try:
             yield turn
@@ -465,7 +479,8 @@ class AsyncSession:
             course.beginning.release()
 
     async def _share(self, lost: Region | None = None) -> None:
-        """Map memory together with the server, for a frame and an image of each turn, unless `lost` was replaced."""
+        """Map memory together with the server, unless `lost` was replaced: for a frame and an image of each turn, and
+        for one more that is nobody's turn."""
         if self._sharing is False or self._sharing == "auto" and not self._client.address.is_local:
             return
         async with self._placing:
@@ -474,7 +489,7 @@ class AsyncSession:
             self._region, region = None, None  # whoever still reads from the former one keeps it
             try:
                 kind = CudaRegion if self._sharing == "cuda" else Region
-                region = kind(2 * self.ahead, (1, self.size, self.size, 3))
+                region = kind(2 * self.ahead + 2, (1, self.size, self.size, 3))
                 await self._client.transport.share(region)
                 self._region = region
             except (Failure, OSError) as error:  # it runs in a container of its own, or /dev/shm is full

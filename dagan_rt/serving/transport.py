@@ -30,7 +30,14 @@ HTTP_STATUS = {
 }  # fmt: skip
 # What Triton says of a model that is being loaded and of one that died, and gRPC of a connection that broke.
 PASSING = ("unknown model", "is not healthy", "RST_STREAM", "Stream removed")
-UNBOUNDED = 2**31 - 1
+# A server that restarts is found again within a second, not within gRPC's two minutes.
+GRPC_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", MOST_RECEIVED),
+]
 
 
 class ServingError(InputError):
@@ -162,11 +169,7 @@ class Transport:
             import tritonclient.grpc as module
             import tritonclient.grpc.aio as asynchronous
 
-            # A server that restarts is found again within a second, not within gRPC's two minutes.
-            waits = {"initial": 100, "min": 100, "max": 1000}
-            options = [(f"grpc.{name}_reconnect_backoff_ms", value) for name, value in waits.items()]
-            options += [("grpc.max_send_message_length", UNBOUNDED), ("grpc.max_receive_message_length", MOST_RECEIVED)]
-            self._client = asynchronous.InferenceServerClient(address.netloc, ssl=secure, channel_args=options)
+            self._client = asynchronous.InferenceServerClient(address.netloc, ssl=secure, channel_args=GRPC_OPTIONS)
         else:
             import tritonclient.http as module
             import tritonclient.http.aio as asynchronous
@@ -204,7 +207,7 @@ class Transport:
 
     async def infer(self, call: Call) -> dict[str, np.ndarray]:
         """The outputs that come in the answer; those with a place are there then."""
-        request = self._request(call)
+        request = self.request(call)
         result = await self._asked(self._client.infer(**request))
         return _arrays(result, call)
 
@@ -213,16 +216,16 @@ class Transport:
         import grpc
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield self._request(call)
+            yield self.request(call)
 
         answers = self._client.stream_infer(requests(), headers={"triton_grpc_error": "true"})
         try:
             async for result, error in answers:
                 if error is not None:
-                    raise _failure(error)
+                    raise failure_of(error)
                 yield _arrays(result, call)
         except grpc.RpcError as error:
-            raise _failure(error) from None
+            raise failure_of(error) from None
         finally:
             answers.cancel()
 
@@ -232,7 +235,8 @@ class Transport:
     async def unshare(self, region: Region) -> None:
         await self._asked(region.unregister(self._client))
 
-    def _request(self, call: Call) -> dict[str, Any]:
+    def request(self, call: Call) -> dict[str, Any]:
+        """A request as the arguments of tritonclient's `infer`, of either kind."""
         inputs = []
         for name, value in call.inputs.items():
             tensor = self._module.InferInput(name, list(value.shape), TYPES[str(value.dtype)])
@@ -259,7 +263,7 @@ class Transport:
         try:
             return await answer
         except Exception as error:
-            raise _failure(error) from None
+            raise failure_of(error) from None
 
 
 def _arrays(result: Any, call: Call) -> dict[str, np.ndarray]:
@@ -267,7 +271,7 @@ def _arrays(result: Any, call: Call) -> dict[str, np.ndarray]:
     return {name: array for name, array in found.items() if array is not None}
 
 
-def _failure(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """What tritonclient and those below it raise, in one form."""
     from tritonclient.utils import InferenceServerException
 

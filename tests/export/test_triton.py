@@ -105,7 +105,7 @@ def test_how_it_serves(bundle: Bundle, tmp_path: Path) -> None:
         assert found.name == name and found.backend == "python" and not found.response_cache.enable
         oldest = found.sequence_batching.oldest
         assert found.sequence_batching.max_sequence_idle_microseconds == 7_500_000
-        assert oldest.max_candidate_sequences == 16384 and oldest.max_queue_delay_microseconds == 200
+        assert oldest.max_candidate_sequences == 16384 and oldest.max_queue_delay_microseconds == 0
         assert not oldest.preserve_ordering and not found.sequence_batching.state
         parameters = {key: entry.string_value for key, entry in found.parameters.items()}
         assert Settings.from_parameters(parameters) == plan.settings

@@ -30,6 +30,7 @@ from dagan_rt.serving import (
     ServerUnavailable,
     SessionLost,
 )
+from dagan_rt.serving.direct import Direct
 
 
 def _fake_server() -> ModuleType:
@@ -315,7 +316,7 @@ def test_a_server_that_always_forgets(client: Client, twin: Any) -> None:
     with client.open(SOURCE) as session:
         session.drive(FRAMES[0])
         twin.faults.extend(
-            [lambda context: context.abort(grpc.StatusCode.NOT_FOUND, "sequence 1 is not open here")] * 6
+            [lambda context: context.abort(grpc.StatusCode.NOT_FOUND, "sequence 1 is not open here")] * 7
         )
         with pytest.raises(SessionLost, match="lost the session 6 times"):
             session.drive(FRAMES[1])
@@ -351,6 +352,39 @@ def test_what_is_busy_and_what_is_gone(client: Client, twin: Any) -> None:
             twin.start()
 
 
+def test_the_shortest_way_is_taken_and_left(twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bool] = []
+    drive_directly = Direct.drive
+
+    def watched(self: Direct, frame: np.ndarray, timeout: float) -> np.ndarray | None:
+        image = drive_directly(self, frame, timeout)
+        taken.append(image is not None)
+        return image
+
+    monkeypatch.setattr(Direct, "drive", watched)
+    with Client(twin.url, timeout=5, shared_memory=True) as client, client.open(SOURCE) as session:
+        assert same(map(session.drive, FRAMES), expected())
+        assert taken == [False] + [True] * (len(FRAMES) - 1)  # the first frame begins the motion
+        session.set_source(OTHER)
+        assert same(map(session.drive, FRAMES), expected(OTHER))
+        assert taken[len(FRAMES) :] == taken[: len(FRAMES)]
+        twin.faults.append(lambda context: context.abort(grpc.StatusCode.NOT_FOUND, "sequence 1 is not open here"))
+        taken.clear()
+        assert same(map(session.drive, FRAMES), expected(OTHER))
+        assert taken == [False] + [True] * (len(FRAMES) - 1)  # the loop sees to it
+        with pytest.raises(InputError, match="frame must be uint8"):
+            session.drive(FRAMES[0][:2])
+        assert np.array_equal(session.drive(FRAMES[1]), expected(OTHER)[1]) and taken[-1]
+    with pytest.raises(InputError, match="closed"):
+        session.drive(FRAMES[0])
+    taken.clear()
+    for arguments in ({"shared_memory": False}, {"shared_memory": True, "encoding": "PNG"}):
+        encoding = arguments.pop("encoding", None)
+        with Client(twin.url, **arguments) as client, client.open(SOURCE, encoding=encoding) as session:
+            assert same(map(session.drive, FRAMES), expected())
+    assert not taken
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_deadline_and_the_late_answer(twin: Any, shared: bool) -> None:
     with Client(twin.url, shared_memory=shared) as client, client.open(SOURCE, ahead=1) as session:
@@ -360,10 +394,11 @@ def test_a_deadline_and_the_late_answer(twin: Any, shared: bool) -> None:
         with pytest.raises(DeadlineExceeded, match="gave no answer within 0.15 seconds"):
             session.drive(FRAMES[1], timeout=0.15)
         assert 0.1 < time.monotonic() - begun < 1.5
-        with pytest.raises(DeadlineExceeded):
-            session.drive(FRAMES[2], timeout=0.15)
+        for frame in FRAMES[2:4]:
+            with pytest.raises(DeadlineExceeded):
+                session.drive(frame, timeout=0.15)
         sent = sum(not call[2] for call in twin.calls)
-        assert sent == (2 if shared else 3)  # its memory is not used again before the server is through with it
+        assert sent == (3 if shared else 4)  # its memory is not used again before the server is through with it
         pending = session.submit(FRAMES[2])
         twin.frames.gate.set()
         assert np.array_equal(pending.result()[0], expected()[2])
