@@ -179,7 +179,9 @@ class Twin(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         for request in requests:
-            taken = self._take(request, context, many=True)
+            taken = self._take(request, context, many=request.model_name == STREAM_MODEL)
+            if not (taken.many or taken.start or taken.end) and self.faults:
+                self.faults.popleft()(context)
             self.sequences[request.model_name].accept(taken)
             for response in taken.responses(context):
                 yield service_pb2.ModelStreamInferResponse(infer_response=response)
