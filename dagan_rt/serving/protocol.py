@@ -45,7 +45,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dagan_rt.errors import InputError
-from dagan_rt.images import ENCODINGS
 
 MODEL = "reenact"  # one response a request, over any protocol
 STREAM_MODEL = "reenact_stream"  # decoupled: a request holds many frames, [N, size, size, 3], and gets N responses
@@ -110,6 +109,8 @@ class Options:
     @classmethod
     def read(cls, parameters: Mapping[str, Any]) -> Options:
         """Check a request's parameters; InputError names the first that is wrong. Unknown ones are an error, too."""
+        from dagan_rt.images import ENCODINGS  # which needs Pillow; who only writes or reads settings does not
+
         hints = {entry.name: type(entry.default) for entry in fields(cls)}
         for name, value in parameters.items():
             if name not in hints:

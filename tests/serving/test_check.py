@@ -156,7 +156,7 @@ def parameter(key: str, old: str, new: str, name: str = CONFIG) -> Break:
 
 TENSOR = 'input { name: "frame" data_type: TYPE_UINT8 dims: [64, 64, 3] optional: true allow_ragged_batch: true }\n'
 OUTPUT = 'output { name: "kp_value" data_type: TYPE_FP32 dims: [10, 2] }\n'
-OLDEST = "oldest { max_candidate_sequences: 16384 max_queue_delay_microseconds: 200 }"
+OLDEST = "oldest { max_candidate_sequences: 16384 max_queue_delay_microseconds: 0 }"
 GROUP = "instance_group { kind: KIND_CPU count: 1 }"
 POLICY = "version_policy { latest { num_versions: 1 } }"
 DRIVE = "dagan_drive/config.pbtxt"
