@@ -878,3 +878,31 @@ def test_time_is_split_into_waiting_and_computing(device: Device, make: Any) -> 
         assert stats.queue > 0 and stats.compute > 0
         assert stats.queue + stats.compute == pytest.approx(sum(latencies))
     assert streams.batches == 3
+
+
+def test_what_is_ready_at_once_does_not_overtake(device: Device, make: Any) -> None:
+    stream = make(batch=1).open(picture(7), motion="absolute")
+    device.gate.clear()
+    stream.push(picture(1))
+    until(lambda: len(device.batched) == 1)
+    submit = device.submit
+
+    def ready(slots: Sequence[int], frames: Sequence[np.ndarray]) -> Any:
+        answer = submit(slots, frames)
+
+        def result() -> np.ndarray:
+            closed, device.gate = device.gate, open_gate()
+            try:
+                return answer.result()
+            finally:
+                device.gate = closed
+
+        return SimpleNamespace(done=lambda: True, result=result)
+
+    device.submit = ready  # type: ignore[method-assign,assignment]
+    stream.push(picture(2))
+    until(lambda: len(device.batched) == 2)
+    with pytest.raises(TimeoutError):
+        stream.pull(timeout=0.05)
+    device.gate.set()
+    assert [shown(pull(stream))[2] for _ in range(2)] == [1, 2]

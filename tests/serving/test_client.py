@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -383,6 +384,20 @@ def test_the_shortest_way_is_taken_and_left(twin: Any, monkeypatch: pytest.Monke
         with Client(twin.url, **arguments) as client, client.open(SOURCE, encoding=encoding) as session:
             assert same(map(session.drive, FRAMES), expected())
     assert not taken
+
+
+def test_both_ways_side_by_side(twin: Any) -> None:
+    with Client(twin.url, timeout=5, shared_memory=True) as client:
+        with client.open(SOURCE, ahead=2) as session:
+            session.drive(FRAMES[0])
+            with ThreadPoolExecutor(1) as thread:
+                streamed = thread.submit(lambda: same(session.stream(FRAMES * 8), expected() * 8))
+                assert same(map(session.drive, FRAMES[::-1] * 8), expected()[::-1] * 8)
+                assert streamed.result(timeout=20)
+        session = client.open(SOURCE)
+        session.drive(FRAMES[0])
+    with pytest.raises(InputError, match="closed"):
+        session.drive(FRAMES[1])  # the client ended it
 
 
 @pytest.mark.parametrize("shared", [True, False])
