@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+# gRPC, once it has been used, would see to children that are forked, and complain in them; ours run another program.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 DATA = Path(__file__).parent / "data"
 
