@@ -157,9 +157,9 @@ class GraphFrames:
                 f"a batch must be 1 to {self.batches[-1]} frames and as many slots, got {len(frames)} and {len(slots)}"
             )
         try:
-            return _Computed(np.stack([self._drive(*pair) for pair in zip(slots, frames, strict=True)]))
+            return Computed(np.stack([self._drive(*pair) for pair in zip(slots, frames, strict=True)]))
         except Exception as error:
-            return _Computed(error)
+            return Computed(error)
 
     def keypoints(self, image: np.ndarray) -> KeyPoints:
         """As in `Frames`."""
@@ -216,7 +216,7 @@ class GraphFrames:
             return self._backend.run(graph, {name: arrays[name] for name in self._inputs[graph]})
 
 
-class _Computed:
+class Computed:
     """A batch that is through: its images, or what went wrong."""
 
     def __init__(self, outcome: np.ndarray | Exception) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dagan_rt.errors import InputError
-from dagan_rt.frames import Pending, Times
+from dagan_rt.frames import Computed, Pending, Times
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.serving.asynchronous import AHEAD
 from dagan_rt.serving.client import Client, Session
@@ -70,7 +70,7 @@ class RemoteFrames:
         first, self._first[slot] = self._first[slot], None
         # The initial frame is usually the first one driven, and its image is there.
         if first is not None and np.array_equal(first[0], frame):
-            return _There(first[1])
+            return Computed(first[1][None])
         return session.submit(frame)
 
     def keypoints(self, image: np.ndarray) -> KeyPoints:
@@ -109,16 +109,3 @@ class RemoteFrames:
         session, self._points = self._points, None
         if session is not None:
             session.close()
-
-
-class _There:
-    """An image that came before it was asked for."""
-
-    def __init__(self, image: np.ndarray) -> None:
-        self._image = image
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> np.ndarray:
-        return self._image[None]

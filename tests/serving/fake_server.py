@@ -21,7 +21,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
-from dagan_rt.frames import Pending
+from dagan_rt.frames import Computed, Pending
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.serving.protocol import MODEL, NEEDS_START, STREAM_MODEL, Settings
 from dagan_rt.serving.sequences import Sequences
@@ -61,24 +61,13 @@ class Arithmetic:
             drive(*self._slots[slot][:2], frame, self._slots[slot][2])
             for slot, frame in zip(slots, frames, strict=True)
         ]
-        return _Made(np.stack(made))
+        return Computed(np.stack(made))
 
     def keypoints(self, image: np.ndarray) -> KeyPoints:
         return KeyPoints(np.full((1, 3, 2), image.mean(), np.float32), np.zeros((1, 3, 2, 2), np.float32))
 
     def close(self) -> None:
         pass
-
-
-class _Made:
-    def __init__(self, images: np.ndarray) -> None:
-        self._images = images
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> np.ndarray:
-        return self._images
 
 
 class Twin(service_pb2_grpc.GRPCInferenceServiceServicer):
