@@ -58,6 +58,9 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         message = f"{error.filename}: {reason}" if error.filename is not None else reason
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
+        # An interrupt that passed through source text being executed (an import that makes a dataclass does that) is
+        # remembered by the interpreter, which then ends by the signal, whatever we return. The next such text resets it.
+        exec("")
         return 130
     print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

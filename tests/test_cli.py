@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,3 +151,16 @@ def test_a_full_stdout_is_one_sentence() -> None:
         )
     assert done.returncode != 0 and "dagan-rt: error: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_in_the_midst_of_an_import_has_the_same_exit_code(tmp_path: Path) -> None:
+    """CPython remembers one that passed through `exec` of source text, and would end by the signal itself."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom dagan_rt.cli import guarded\n"
+        "sys.exit(guarded('x', lambda: exec('raise KeyboardInterrupt')))\n"
+    )
+    found = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env=os.environ | {"PYTHONPATH": found}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "x: interrupted\n")
