@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import IO, cast
@@ -19,6 +20,7 @@ MIN_SIDE = 16
 # Named, because Pillow would otherwise also try formats that start other programs (EPS runs Ghostscript).
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ENCODINGS = ("JPEG", "PNG", "WEBP")  # what travels between programs: `decode_image`, `encode_image`
+_PILLOW = re.compile(r"PIL\.")  # its modules, as filters of warnings name them
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 
 
@@ -61,21 +63,30 @@ def encode_image(image: np.ndarray, encoding: str, quality: int = 95) -> bytes:
 
 
 def _decode(file: IO[bytes], what: str, formats: tuple[str, ...], most_pixels: int) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about damaged EXIF data, which is not needed, and sizes, bounded below
-        try:
-            with Image.open(file, formats=formats) as image:
-                _check_size(what, image.size, most_pixels)
-                image.load()
-                return np.ascontiguousarray(_as_rgb(what, _upright(image)))
-        except InputError:
-            raise
-        except Image.DecompressionBombError:
-            raise InputError(f"{what} has too many pixels: {most_pixels:,} are allowed") from None
-        except Image.UnidentifiedImageError:
-            raise InputError(f"{what} is not an image this program reads ({', '.join(formats)})") from None
-        except Exception as error:  # Pillow's decoders raise about every type there is on damaged files
-            raise InputError(f"{what} is damaged: {error or type(error).__name__}") from None
+    _silence_pillow()
+    try:
+        with Image.open(file, formats=formats) as image:
+            _check_size(what, image.size, most_pixels)
+            image.load()
+            return np.ascontiguousarray(_as_rgb(what, _upright(image)))
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{what} has too many pixels: {most_pixels:,} are allowed") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{what} is not an image this program reads ({', '.join(formats)})") from None
+    except Exception as error:  # Pillow's decoders raise about every type there is on damaged files
+        raise InputError(f"{what} is damaged: {error or type(error).__name__}") from None
+
+
+def _silence_pillow() -> None:
+    """No warnings from Pillow: about damaged EXIF data, which is not needed, and sizes, bounded here.
+
+    Once for the whole process: `warnings.catch_warnings` around each image would, in threads that decode at the same
+    time, now and then leave its filter behind and swallow everybody's warnings.
+    """
+    if ("ignore", None, Warning, _PILLOW, 0) not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW.pattern)
 
 
 def _check_size(what: str, size: tuple[int, int], most_pixels: int) -> None:
