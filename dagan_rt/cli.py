@@ -12,7 +12,7 @@ from dagan_rt import __version__
 from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.tables import printable
 
-COMMANDS = ("animate", "info", "train", "heads", "bench", "triton")
+COMMANDS = ("animate", "info", "prepare", "train", "evaluate", "heads", "bench", "triton")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +59,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         # An interrupt that passed through source text being executed (an import that makes a dataclass does that) is
-        # remembered by the interpreter, which then ends by the signal, whatever we return. The next such text resets it.
+        # remembered by the interpreter, which then ends by the signal, whatever we return. The next text resets it.
         exec("")
         return 130
     print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
