@@ -112,6 +112,17 @@ def infer_config(state_dicts: Mapping[str, Mapping[str, Any]], declared: Network
     return NetworkConfig(variant=_variant(observed).name, **values)
 
 
+def infer_depth_config(state_dicts: Mapping[str, Mapping[str, Any]]) -> NetworkConfig:
+    """The configuration of a depth network alone, `depth_encoder` and `depth_decoder`; the rest is the default.
+
+    Raises InputError when the halves do not belong together.
+    """
+    observed = Observed()
+    encoder, decoder = (Shapes(network, state_dicts[network]) for network in ("depth_encoder", "depth_decoder"))
+    _observe_depth(observed, encoder, decoder)
+    return NetworkConfig(**observed.values)
+
+
 def observe(networks: Mapping[str, Shapes]) -> Observed:
     """Everything that the shapes determine; raises InputError when the networks contradict one another."""
     observed = Observed()

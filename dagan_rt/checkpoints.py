@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dagan_rt.checkpoint_files import read_weights
-from dagan_rt.checkpoint_shapes import identify, infer_config
+from dagan_rt.checkpoint_shapes import identify, infer_config, infer_depth_config
 from dagan_rt.errors import InputError
 from dagan_rt.networks.config import NetworkConfig
+from dagan_rt.networks.depth import DepthNetwork
 from dagan_rt.networks.model import Model
 
 __all__ = ["Checkpoint", "infer_config", "inspect", "load", "save"]
@@ -165,13 +166,53 @@ def save(
         raise InputError(f"extra entry {taken[0]!r} of {path} is already the name of a part of the checkpoint")
     files: dict[Path, Any] = {}
     if depth_dir is not None:
-        if model.depth is None:
-            raise InputError(f"{model.config.variant} has no depth network to write to {depth_dir}")
-        side = {"height": model.config.size, "width": model.config.size, "use_stereo": False}
-        files[Path(depth_dir) / "encoder.pth"] = states["depth_encoder"] | side
-        files[Path(depth_dir) / "depth.pth"] = states["depth_decoder"]
+        files |= _depth_files(model, Path(depth_dir))
     files[path] = payload | dict(extra or {})  # last: whoever waits for this file finds its depth folder complete
     _write_all(files)
+
+
+def save_depth(folder: str | Path, model: Model) -> None:
+    """Write the depth network alone, `encoder.pth` and `depth.pth`, as `save` does."""
+    _write_all(_depth_files(model, Path(folder)))
+
+
+def load_depth(folder: str | Path, model: Model) -> None:
+    """Put the depth network of `encoder.pth` and `depth.pth` into `model`. InputError where it is of other sizes."""
+    if model.depth is None:
+        raise InputError(f"{model.config.variant} has no depth network to read from {folder}")
+    for name, state in _read_depth(Path(folder), []).items():
+        misfit = _misfit(name, state, model.networks()[name])
+        if misfit:
+            raise InputError(f"{folder}: {misfit}")
+        model.networks()[name].load_state_dict(state, strict=False)  # old files do not count batches
+
+
+def load_depth_network(folder: str | Path) -> DepthNetwork:
+    """The depth network of `encoder.pth` and `depth.pth` alone, its sizes read from the shapes: eval mode, on the CPU.
+
+    Raises InputError, one sentence that names the folder or file and what does not fit.
+    """
+    folder = Path(folder)
+    states = _read_depth(folder, [])
+    with _naming(folder):
+        config = infer_depth_config(states)
+    _check_fit(folder, folder, states, _meta_model(folder, config).networks(), [])
+    network = DepthNetwork(config)
+    network.encoder.load_state_dict(states["depth_encoder"], strict=False)  # old files do not count batches
+    network.decoder.load_state_dict(states["depth_decoder"])
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
+        raise InputError(f"{folder} holds NaN or infinite weights: its training diverged, so take an earlier one")
+    return network.eval()
+
+
+def _depth_files(model: Model, folder: Path) -> dict[Path, Any]:
+    if model.depth is None:
+        raise InputError(f"{model.config.variant} has no depth network to write to {folder}")
+    side = {"height": model.config.size, "width": model.config.size, "use_stereo": False}
+    return {
+        folder / "encoder.pth": _plain_state(model.depth.encoder) | side,
+        folder / "depth.pth": _plain_state(model.depth.decoder),
+    }
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ class CrossModalAttention(nn.Module):
 
     def __init__(self, channels: int, query_width: int) -> None:
         super().__init__()
+        # Another implementation may take its place.
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_attention
         self.query_conv = nn.Conv2d(channels, query_width, 1)
         self.key_conv = nn.Conv2d(channels, query_width, 1)
         self.value_conv = nn.Conv2d(channels, channels, 1)
@@ -33,5 +37,5 @@ class CrossModalAttention(nn.Module):
         """`query` [B, D, h, w], `warped` [B, C, h, w] -> [B, C, h, w]."""
         key = torch.relu(self.key_conv(warped))
         value = torch.relu(self.value_conv(warped))
-        attended = cross_attention(query.flatten(2), key.flatten(2), value.flatten(2))
+        attended = self.attend(query.flatten(2), key.flatten(2), value.flatten(2))
         return self.gamma * attended.reshape(warped.shape) + warped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,19 @@ class Generated(NamedTuple):
     deformed: Tensor  # [B, 3, H, W], the source warped by the flow
 
 
+def warp(feature: Tensor, flow: Tensor, occlusion: Tensor) -> Tensor:
+    """`feature` [B, C, H, W] sampled at `flow` and weighted by `occlusion`, both resized if sizes differ."""
+    H, W = feature.shape[2:]
+    return sample(feature, resize_flow(flow, H, W)) * resize_map(occlusion, H, W)
+
+
 class Generator(nn.Module):
     """All that is stored under `generator` in a checkpoint, the motion estimator included."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.warp: Callable[[Tensor, Tensor, Tensor], Tensor] = warp  # another implementation may take its place
         widths = [min(config.generator_max, config.generator_width * 2**i) for i in range(config.down_blocks + 1)]
         downs = list(zip(widths[:-1], widths[1:], strict=True))
         self.dense_motion_network = MotionEstimator(config)
@@ -73,11 +81,6 @@ class Generator(nn.Module):
     def thumbnail(self, image: Tensor) -> Tensor:
         """The shrunken source the motion estimator works on: [B, 3, H, W] -> [B, 3, h, w]."""
         return self.dense_motion_network.down(image)
-
-    def warp(self, feature: Tensor, flow: Tensor, occlusion: Tensor) -> Tensor:
-        """`feature` [B, C, H, W] sampled at `flow` and weighted by `occlusion`, both resized if sizes differ."""
-        H, W = feature.shape[2:]
-        return sample(feature, resize_flow(flow, H, W)) * resize_map(occlusion, H, W)
 
     def attend(self, warped: Tensor, query: Tensor | None) -> Tensor:
         """Attention over the warped feature; `query` is used by the depth-aware variants only."""

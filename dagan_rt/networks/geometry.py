@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 HEATMAP_VARIANCE = 0.01
+
+
+def exact(like: Tensor) -> AbstractContextManager[Any]:
+    """Where products are computed as they are given: positions need more digits than autocast's 16 bits have."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def axis(size: int, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.networks.blocks import AntiAliasDownsample, Hourglass
 from dagan_rt.networks.config import NetworkConfig
-from dagan_rt.networks.geometry import coordinate_grid
+from dagan_rt.networks.geometry import coordinate_grid, exact
 
 TEMPERATURE = 0.1
 
@@ -30,11 +30,11 @@ class KeypointEstimator(nn.Module):
     def forward(self, image: Tensor) -> KeyPoints:
         """`image` [B, 3 or 4, H, W] in [0, 1] (depth last) -> positions [B, K, 2] and frames [B, K, 2, 2]."""
         feature = self.predictor(self.down(image))
-        logits = self.kp(feature).float()  # positions need more digits than half precision has
+        logits, frames = self.kp(feature).float(), self.jacobian(feature).float()
         B, K, H, W = logits.shape
-        heatmap = torch.softmax(logits.reshape(B, K, H * W) / TEMPERATURE, dim=2)
-        grid = coordinate_grid(H, W, heatmap).reshape(H * W, 2)
-        value = torch.matmul(heatmap, grid)
-        frames = self.jacobian(feature).float().reshape(B, K, 4, H * W)
-        jacobian = torch.matmul(frames, heatmap[..., None])  # average under the same heat map
+        with exact(image):
+            heatmap = torch.softmax(logits.reshape(B, K, H * W) / TEMPERATURE, dim=2)
+            grid = coordinate_grid(H, W, heatmap).reshape(H * W, 2)
+            value = torch.matmul(heatmap, grid)
+            jacobian = torch.matmul(frames.reshape(B, K, 4, H * W), heatmap[..., None])  # average under the same map
         return KeyPoints(value, jacobian.reshape(B, K, 2, 2))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.networks.blocks import AntiAliasDownsample, Hourglass
 from dagan_rt.networks.config import NetworkConfig
-from dagan_rt.networks.geometry import coordinate_grid, gaussian_heatmaps, invert_2x2, sample
+from dagan_rt.networks.geometry import coordinate_grid, exact, gaussian_heatmaps, invert_2x2, sample
 
 
 class Motion(NamedTuple):
@@ -50,7 +50,8 @@ class MotionEstimator(nn.Module):
     def forward(self, thumbnail: Tensor, source: KeyPoints, driving: KeyPoints) -> Motion:
         """`thumbnail` [B, 3, h, w] is the shrunken source, `self.down(image)`."""
         B, _, H, W = thumbnail.shape
-        flows = sparse_flows(source, driving, H, W)
+        with exact(thumbnail):
+            flows = sparse_flows(source, driving, H, W)
         points = flows.shape[1]
         copies = thumbnail[:, None].expand(-1, points, -1, -1, -1).reshape(B * points, 3, H, W)
         deformed = sample(copies, flows.reshape(B * points, H, W, 2)).reshape(B, points, 3, H, W)
@@ -58,6 +59,6 @@ class MotionEstimator(nn.Module):
         heatmaps = torch.cat([torch.zeros_like(difference[:, :1]), difference], dim=1)
         stacked = torch.cat([heatmaps[:, :, None], deformed], dim=2).reshape(B, points * 4, H, W)
         feature = self.hourglass(stacked)
-        mask = torch.softmax(self.mask(feature), dim=1)
+        mask = torch.softmax(self.mask(feature).float(), dim=1)
         flow = (mask[..., None] * flows).sum(dim=1)
         return Motion(flow, torch.sigmoid(self.occlusion(feature)), mask)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dagan_rt.errors import InputError
 from dagan_rt.networks.model import Model
-from dagan_rt.training.data import Clips, Frame
+from dagan_rt.training.data import BadClip, Clips, Frame
 from dagan_rt.training.sheets import contact_sheet, depth_image, difference_image, draw_points
 
 
@@ -42,13 +46,19 @@ def fixed_pairs(clips: Clips, pairs: int) -> list[tuple[int, int, int]]:
 
 
 def evaluate(model: Model, clips: Clips, pairs: int, batch: int = 8) -> HeldOutScore:
-    """Self-reenactment of every fixed pair in evaluation mode; the model's mode is restored."""
+    """Self-reenactment of every fixed pair in evaluation mode; the model's mode is restored.
+
+    Pairs that can no longer be read are left out with a warning; InputError where none is left.
+    """
     chosen = fixed_pairs(clips, pairs)
-    sums = np.zeros(3)
+    sums, count = np.zeros(3), 0
     disparity_known = model.depth is not None
     with _evaluating(model) as device:
         for start in range(0, len(chosen), batch):
-            frames = [clips.read(clip, (first, second)) for clip, first, second in chosen[start : start + batch]]
+            frames = _readable(clips, chosen[start : start + batch])
+            if not frames:
+                continue
+            count += len(frames)
             source, driving = (_images([pair[i] for pair in frames], device) for i in (0, 1))
             prediction = model(source, driving).prediction.float()
             sums[0] += float((prediction - driving).abs().mean((1, 2, 3)).sum())
@@ -60,14 +70,50 @@ def evaluate(model: Model, clips: Clips, pairs: int, batch: int = 8) -> HeldOutS
                 sums[2] += float((model.depth(driving)[:, 0] - truth).abs().mean((1, 2)).sum())
             else:
                 disparity_known = False
-    l1, repeat, disparity = (sums / max(1, len(chosen))).tolist()
+    if not count:
+        raise InputError("no held-out clip can be read; check the data folder")
+    l1, repeat, disparity = (sums / count).tolist()
     return HeldOutScore(l1, repeat, disparity if disparity_known else None)
+
+
+@dataclass(frozen=True)
+class ReliefScore:
+    """How much of a face's relief a depth network has found, whatever its unit and offset of disparity."""
+
+    correlation: float  # of its disparity with the true one inside the face, a mean over faces
+
+    @property
+    def ratio(self) -> float:
+        """Error of the disparity fitted to the truth over that of a flat face: below 1 is better than flat."""
+        return math.sqrt(1 - max(0.0, self.correlation) ** 2)
+
+    def to_dict(self) -> dict[str, float]:
+        return {"correlation": self.correlation, "ratio": self.ratio}
+
+
+def evaluate_depth(model: Model, clips: Clips, pairs: int) -> ReliefScore | None:
+    """The depth network on the driving frames of the fixed pairs; None where the truth is not known."""
+    from dagan_rt.training.geometry.score import hull
+
+    correlations = []
+    assert model.depth is not None
+    with _evaluating(model) as device:
+        for _, frame in _readable(clips, fixed_pairs(clips, pairs)):
+            if frame.disparity is None or frame.landmarks is None:
+                return None
+            face = hull(frame.landmarks, clips.size)
+            found = model.depth(_images([frame], device))[0, 0].float().cpu().numpy()[face].astype(np.float64)
+            flat = found.std() < 1e-9
+            correlations.append(0.0 if flat else float(np.corrcoef(found, frame.disparity[face])[0, 1]))
+    return ReliefScore(float(np.mean(correlations))) if correlations else None
 
 
 def sample_sheet(model: Model, clips: Clips, rows: int = 4) -> np.ndarray:
     """One row a clip: source | driving | prediction | difference | source depth | driving depth; uint8 [H, W, 3]."""
-    count = min(rows, len(clips))
-    pairs = [clips.read(clip, (0, clips.frame_count(clip) * 2 // 3)) for clip in range(count)]
+    wanted = [(clip, 0, clips.frame_count(clip) * 2 // 3) for clip in range(min(rows, len(clips)))]
+    pairs = _readable(clips, wanted)
+    if not pairs:
+        raise InputError("none of the first clips can be read; check the data folder")
     names = ["source", "driving", "prediction", "difference x 3"]
     lines: list[list[np.ndarray]] = []
     with _evaluating(model) as device:
@@ -78,7 +124,7 @@ def sample_sheet(model: Model, clips: Clips, rows: int = 4) -> np.ndarray:
         if depths[0] is not None:
             names += ["source depth", "driving depth"]
         scale = max(1, 192 // clips.size)
-        for row in range(count):
+        for row in range(len(pairs)):
             predicted = _pixels(prediction[row])
             line = [
                 draw_points(pairs[row][0].image, points[0].value[row].cpu().numpy(), scale),
@@ -89,6 +135,17 @@ def sample_sheet(model: Model, clips: Clips, rows: int = 4) -> np.ndarray:
             line += [depth_image(depth[row, 0].cpu().numpy()) for depth in depths if depth is not None]
             lines.append(line)
     return contact_sheet(lines, column_labels=names)
+
+
+def _readable(clips: Clips, chosen: Sequence[tuple[int, int, int]]) -> list[list[Frame]]:
+    """The pairs (clip, frame, frame) of frames, but for clips that can no longer be read."""
+    pairs = []
+    for clip, first, second in chosen:
+        try:
+            pairs.append(clips.read(clip, (first, second)))
+        except BadClip as error:
+            warnings.warn(f"clip skipped: {clips.name(clip)}: {error}", stacklevel=3)
+    return pairs
 
 
 class _evaluating:

@@ -12,9 +12,15 @@ LOG_NAME = "log.jsonl"
 
 
 def append_row(folder: Path, row: dict[str, Any]) -> None:
-    """Add one row to the log."""
-    with open(folder / LOG_NAME, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add one row to the log, whole or not at all."""
+    with open(folder / LOG_NAME, "ab") as file:
+        end = file.tell()
+        try:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+        except OSError:  # a full disk: half a row would make the rest unreadable
+            file.truncate(end)
+            raise
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -66,7 +72,7 @@ def plot(folder: str | Path) -> Path:
     evaluated = [(row["step"], row["held_out"]["ratio"]) for row in rows if row.get("held_out")]
     if evaluated:
         steps, ratios = zip(*evaluated, strict=True)
-        quality.plot(steps, ratios, marker="o", markersize=3, label="held-out L1 / repeating the source")
+        quality.plot(steps, ratios, marker="o", markersize=3, label="held-out error / doing nothing")
         quality.axhline(1.0, color="gray", linestyle=":", linewidth=1)
     quality.set(xlabel="step", ylabel="ratio, lower is better")
     changes = [b["step"] for a, b in zip(rows, rows[1:], strict=False) if a["stage"] != b["stage"]]

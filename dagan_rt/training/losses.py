@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,12 @@ DEFAULT_LANDMARKS: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 
 
+_NOT_OF_DEPTH = (
+    "perceptual", "generator_gan", "feature_matching", "equivariance_value", "equivariance_jacobian",
+    "keypoint_distance", "pixel", "gradient", "landmark", "disparity",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Factor of each term of the generator step, and the constants the terms need.
@@ -79,6 +86,9 @@ class LossWeights:
     gradient: float = 0.0
     landmark: float = 0.0
     disparity: float = 0.0
+    photometric: float = 0.0  # view synthesis between frames of a clip: self-supervised depth, a stage of its own
+    smoothness: float = 0.0  # of its disparity, edge-aware
+    convexity: float = 0.0  # its disparity towards a bulge in the middle: a start that is not hollow
     discriminator_gan: float = 1.0  # of the discriminator's own step
 
     alpha: float = 0.2  # key points nearer than this are crowded
@@ -102,6 +112,22 @@ class LossWeights:
     def uses_image(self) -> bool:
         """Whether any term looks at the generated image."""
         return self.perceptual > 0 or self.pixel > 0 or self.gradient > 0 or self.uses_discriminator
+
+    @property
+    def trains_depth_alone(self) -> bool:
+        """Whether the weights are those of self-supervised depth, which no other term may join."""
+        return self.photometric > 0
+
+    @property
+    def others_than_depth(self) -> list[str]:
+        """Terms beside those of self-supervised depth that have a weight."""
+        return [name for name in _NOT_OF_DEPTH if getattr(self, name)]
+
+    @classmethod
+    def nothing(cls) -> LossWeights:
+        """Every term 0: what a stage of self-supervised depth begins with."""
+        zero: dict[str, Any] = dict.fromkeys(_NOT_OF_DEPTH, 0.0)
+        return cls(**zero)
 
     @property
     def uses_transform(self) -> bool:

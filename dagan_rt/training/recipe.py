@@ -9,11 +9,12 @@ from typing import Any
 
 from dagan_rt.errors import InputError
 from dagan_rt.networks.config import NetworkConfig
-from dagan_rt.tables import fill, parse, read_text, refuse_unknown, table
+from dagan_rt.tables import fill, parse, refuse_unknown, table
 from dagan_rt.training.heads import TRAINING
+from dagan_rt.training.inherit import resolved_text
 from dagan_rt.training.losses import DEFAULT_LANDMARKS, LossWeights
 
-TRAINABLE = ("generator", "keypoints", "depth", "discriminator")
+TRAINABLE = ("generator", "keypoints", "depth", "discriminator", "pose")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class LearningRates:
     keypoints: float = 2e-4
     depth: float = 2e-4
     discriminator: float = 2e-4
+    pose: float = 2e-4
 
     @classmethod
     def from_number(cls, rate: float) -> LearningRates:
@@ -61,19 +63,33 @@ class VggRecipe:
 
 
 @dataclass(frozen=True)
+class StartRecipe:
+    """Weights to begin with, where they are not random; the size of the image may differ."""
+
+    model: str = ""  # a checkpoint in the published layout; relative to the working directory
+    depth: str = ""  # a folder with encoder.pth and depth.pth
+
+
+@dataclass(frozen=True)
 class TrainingRecipe:
     """What holds for every stage unless the stage says otherwise, and how often to report."""
 
     seed: int = 0
-    batch: int = 12
+    batch: int = 12  # of a step, over all processes together
     learning_rate: LearningRates = field(default_factory=LearningRates)
     betas: tuple[float, float] = (0.5, 0.999)
     clip_gradient: float = 0.0  # largest norm of each network's gradient; 0: as it comes
-    precision: str = "fp32"  # or "bf16": autocast, on CUDA only
+    ema: float = 0.0  # decay of the weights' moving average, which is then what is measured and kept; 0: none
+    precision: str = "fp32"  # or "bf16", "fp16": autocast; fp16 with a scaled loss
+    tolerate: int = 3  # steps in a row that may be left out because something in them was not finite
+    deterministic: bool = False  # only algorithms of PyTorch that repeat themselves exactly, also on a GPU; slower
+    kernels: bool = True  # dagan-rt's own CUDA kernels for warp and attention, where they run
     device: str = "auto"
     threads: int = 0  # of PyTorch; 0: its own choice
     log_every: int = 50  # steps
+    tensorboard: bool = True  # curves and sheets for TensorBoard, where it is installed
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 15.0  # and no longer than this without one; 0: by steps alone
     sheet_every: int = 1000
     evaluate_every: int = 1000
     keep: int = 2  # checkpoints kept
@@ -99,6 +115,16 @@ class Stage:
     networks: tuple[str, ...] = TRAINABLE  # the ones that train
     still: float = 0.0  # share of pairs that do not move: the image's detail is learnt before it can be carried along
     freeze_norm: bool = False  # batch norm uses the statistics it has: no noise from the batch's other faces
+    neighbours: int = 0  # self-supervised depth only: frames before and after are at most this far away
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The networks that the stage's losses move."""
+        if self.losses.trains_depth_alone:
+            can: tuple[str, ...] = ("depth", "pose")
+        else:
+            can = ("generator", "keypoints", "depth") + ("discriminator",) * self.losses.uses_discriminator
+        return tuple(name for name in self.networks if name in can)
 
     def length(self, clips: int) -> int:
         """Optimisation steps of the stage on a data set of `clips` × repeats items."""
@@ -125,12 +151,16 @@ class Recipe:
     data: DataRecipe
     training: TrainingRecipe
     vgg: VggRecipe
+    start: StartRecipe
     stages: tuple[Stage, ...]
     text: str = ""  # the file as written, kept beside the run
 
     def __post_init__(self) -> None:
         for stage in self.stages:
             self._check_truth(stage)
+            self._check_depth_stage(stage)
+        if self.start.depth and not self.network.parts.uses_depth:
+            raise InputError(f"start.depth must be left out for {self.network.variant}: it has no depth network")
 
     def _check_truth(self, stage: Stage) -> None:
         """Losses that need a known truth, or a part of the networks, must find it."""
@@ -149,6 +179,25 @@ class Recipe:
                 f"stage {stage.name!r}: losses.disparity must be 0 for {self.network.variant}: it has no depth network"
             )
 
+    def _check_depth_stage(self, stage: Stage) -> None:
+        """Self-supervised depth is a stage of its own, on frames near to each other."""
+        where = f"stage {stage.name!r}:"
+        if not stage.losses.trains_depth_alone:
+            if stage.neighbours or stage.losses.smoothness or stage.losses.convexity:
+                only = "neighbours, losses.smoothness and losses.convexity"
+                raise InputError(f"{where} {only} belong to losses.photometric, which is 0")
+            return
+        if not self.network.parts.uses_depth:
+            raise InputError(
+                f"{where} losses.photometric must be 0 for {self.network.variant}: it has no depth network"
+            )
+        if other := stage.losses.others_than_depth:
+            raise InputError(f"{where} losses.photometric trains depth alone: set losses.{other[0]} to 0 there")
+        if stage.neighbours < 1:
+            raise InputError(f"{where} losses.photometric needs neighbours, 1 or more frames, got {stage.neighbours}")
+        if self.data.kind == "heads" and self.data.frames < 3:
+            raise InputError(f"{where} losses.photometric needs data.frames of at least 3, got {self.data.frames}")
+
     def stage_config(self, stage: Stage) -> NetworkConfig:
         """The networks at the stage's size: the same weights, another resolution."""
         return replace(self.network, size=stage.size, motion_scale=stage.motion_scale)
@@ -161,13 +210,13 @@ class Recipe:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe file. InputError names the file and the key of what is wrong."""
-    return parse_recipe(read_text(path), str(path))
+    return parse_recipe(resolved_text(path), str(path))
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """Check a recipe given as TOML text; `name` is what error messages call it."""
     tables = parse(text, name)
-    known = ("network", "data", "training", "vgg", "losses", "stage")
+    known = ("network", "data", "training", "vgg", "start", "losses", "stage")
     refuse_unknown(tables, known, name, "")
     try:
         network = NetworkConfig.from_dict(table(tables, "network", name))
@@ -176,7 +225,8 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     data = fill(DataRecipe, table(tables, "data", name), name, "data")
     training = fill(TrainingRecipe, table(tables, "training", name), name, "training")
     vgg = fill(VggRecipe, table(tables, "vgg", name), name, "vgg")
-    losses = fill(LossWeights, table(tables, "losses", name), name, "losses")
+    start = fill(StartRecipe, table(tables, "start", name), name, "start")
+    losses = _losses(table(tables, "losses", name), name)
     _check_data(data, name)
     _check_training(training, name)
     entries = tables.get("stage", [])
@@ -188,13 +238,21 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     )  # fmt: skip
     stages = tuple(_stage(entry, base, network, name, index) for index, entry in enumerate(entries))
     try:
-        return Recipe(network, data, training, vgg, stages, text)
+        return Recipe(network, data, training, vgg, start, stages, text)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
 
+def _losses(given: dict[str, Any], name: str) -> LossWeights:
+    base = LossWeights.nothing() if given.get("photometric") else None
+    return fill(LossWeights, given, name, "losses", base)
+
+
 def _stage(entry: dict[str, Any], base: Stage, network: NetworkConfig, name: str, index: int) -> Stage:
     where = f"stage[{index}]"
+    losses = entry.get("losses")
+    if isinstance(losses, dict) and losses.get("photometric"):  # a stage of depth alone need not name what it is not
+        base = replace(base, losses=LossWeights.nothing())
     stage = fill(Stage, entry, name, where, base)
     if not stage.name:
         raise InputError(f'{name}: {where} has no name; give it one, such as name = "coarse"')
@@ -228,8 +286,10 @@ def _check_data(data: DataRecipe, name: str) -> None:
 
 
 def _check_training(training: TrainingRecipe, name: str) -> None:
-    if training.precision not in ("fp32", "bf16"):
-        raise InputError(f"{name}: training.precision must be fp32 or bf16, got {training.precision!r}")
+    if training.precision not in ("fp32", "bf16", "fp16"):
+        raise InputError(f"{name}: training.precision must be fp32, bf16 or fp16, got {training.precision!r}")
+    if not training.ema < 1:
+        raise InputError(f"{name}: training.ema must be below 1, such as 0.999, got {training.ema}")
     for key in ("log_every", "checkpoint_every", "sheet_every", "evaluate_every", "keep"):
         if getattr(training, key) < 1:
             raise InputError(f"{name}: training.{key} must be at least 1, got {getattr(training, key)}")
