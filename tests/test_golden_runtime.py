@@ -18,7 +18,7 @@ from dagan_rt.bundle import Bundle
 from dagan_rt.export import export
 from dagan_rt.images import write_image
 
-VARIANTS = ["dagan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dagan_depth50", "dagan_spade", "fomm"))]
+VARIANTS = ["fomm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dagan", "dagan_depth50", "dagan_spade"))]
 SESSIONS = {
     "absolute": {"motion": "absolute"},
     "relative": {"motion": "relative"},

@@ -12,6 +12,7 @@ from dagan_rt import backends
 from dagan_rt._assets import asset
 from dagan_rt.benchmarking.rows import Results, compare
 from dagan_rt.benchmarking.suites import DTYPES, FLOWS, LAYOUTS, PEERS, FrameSuite, Suite
+from dagan_rt.benchmarking.training_runs import add_training
 from dagan_rt.errors import InputError
 from dagan_rt.files import check_output
 
@@ -29,6 +30,7 @@ def add_commands(commands: Any) -> None:
     add_subnetworks(commands)
     add_streams(commands)
     add_kernels(commands)
+    add_training(commands)
     add_show(commands)
     add_report(commands)
 

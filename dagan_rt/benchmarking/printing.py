@@ -12,6 +12,7 @@ from dagan_rt.benchmarking.rows import (
     DOWNLOAD,
     HOST,
     OURS,
+    STEP_PARTS,
     UPLOAD,
     Change,
     Results,
@@ -23,7 +24,8 @@ from dagan_rt.tables import printable
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # in this order: one name holds another
 
-NAMED = {"batch": "batch {}", "streams": "{} streams", "fps": "{} fps", "frames": "{} frames"}
+NAMED = {"batch": "batch {}", "streams": "{} streams", "fps": "{} fps", "frames": "{} frames",
+         "size": "{} pixels", "processes": "{} processes"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,27 @@ def _speedup(row: Row, ours: Row | None) -> str:
 
 def _error(row: Row, ours: Row | None) -> str:
     return "" if row.error is None else f"{row.error:.1e}"
+
+
+def _part(name: str) -> Callable[[Row, Row | None], str]:
+    """The share of a part of a step in all its parts."""
+
+    def cell(row: Row, ours: Row | None) -> str:
+        whole = sum(row.times[part].p50 for part in STEP_PARTS if part in row.times)
+        return f"{row.times[name].p50 / whole:.1%}" if name in row.times else ""
+
+    return cell
+
+
+def _share_of_step(name: str) -> Callable[[Row, Row | None], str]:
+    return lambda row, ours: f"{1e3 * row.values[name] / row.time.p50:.0%}" if name in row.values and row.time else ""
+
+
+def _averaging(row: Row, ours: Row | None) -> str:
+    """What averaging the gradients of several processes adds to a step; below 0 is noise."""
+    if "without averaging ms" not in row.values or row.time is None:
+        return ""
+    return f"{1 - 1e3 * row.values['without averaging ms'] / row.time.p50:.1%}"
 
 
 #: By suite. Whole frames and streams are told in milliseconds, their device memory in MB.
@@ -120,6 +143,19 @@ COLUMNS = {
         Column("levels", 7, lambda row, ours: "" if row.error is None else f"{row.error:.0f}"),
         Column("B/frame device", 15, _value("device growth bytes/frame", ".2f")),
         Column("process", 8, _value("process growth bytes/frame", ".2f")),
+    ),
+    "training": (
+        Column("samples/s", 10, _value("samples/s", ".2f")),
+        Column("step ms", 9, _millis(lambda it: it.p50)),
+        Column("p90", 9, _millis(lambda it: it.p90)),
+        *(Column(part, 9, _part(part)) for part in STEP_PARTS),
+        Column("perceptual", 10, _share_of_step("perceptual ms")),
+        Column("averaging gradients", 19, _averaging),
+        Column("waiting", 7, _value("waiting %", ".1f")),
+        Column("loader/s", 8, _value("loader samples/s", ".1f")),
+        Column("MB", 7, _value("peak bytes", unit=1e6)),
+        Column("error", 8, _error),
+        Column("ours is", 8, _speedup),
     ),
     "serving": (
         Column("p50 ms", 9, _millis(lambda it: it.p50)),

@@ -17,6 +17,9 @@ OURS = "dagan-rt"  # and, with more behind it, one of several forms of ours
 # frame on the device and on the way there and back.
 CALL, ALONE, HOST = "call", "alone", "host"
 DEVICE, UPLOAD, DOWNLOAD = "device", "upload", "download"
+# Of a step of a training; the last one is what is in none of the others.
+STEP_PARTS = ("data", "forward", "backward", "optimiser", "discriminator", "average", "rest")
+DATA, FORWARD, BACKWARD, OPTIMISER, DISCRIMINATOR, AVERAGE, REST = STEP_PARTS
 REGRESSION = 1.05  # as many times the former time, and beyond the former spread
 
 

@@ -14,8 +14,9 @@ HEATMAP_VARIANCE = 0.01
 
 def exact(like: Tensor) -> AbstractContextManager[Any]:
     """Where products are computed as they are given: positions need more digits than autocast's 16 bits have."""
-    kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    kind = like.device.type  # autocast does not know every kind, such as meta
+    wanted = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if wanted else nullcontext()
 
 
 def axis(size: int, like: Tensor) -> Tensor:

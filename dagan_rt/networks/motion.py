@@ -59,6 +59,6 @@ class MotionEstimator(nn.Module):
         heatmaps = torch.cat([torch.zeros_like(difference[:, :1]), difference], dim=1)
         stacked = torch.cat([heatmaps[:, :, None], deformed], dim=2).reshape(B, points * 4, H, W)
         feature = self.hourglass(stacked)
-        mask = torch.softmax(self.mask(feature).float(), dim=1)
+        mask = torch.softmax(self.mask(feature).to(flows.dtype), dim=1)
         flow = (mask[..., None] * flows).sum(dim=1)
         return Motion(flow, torch.sigmoid(self.occlusion(feature)), mask)

@@ -74,7 +74,7 @@ def test_a_run_without_an_average_cannot_be_continued_with_one(recipe: Recipe, t
         loop.train(changed(recipe, ema=0.9), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize(("precision", "close"), [("bf16", 0.05), ("fp16", 0.01)])
+@pytest.mark.parametrize(("precision", "close"), [("bf16", 0.05), pytest.param("fp16", 0.01, marks=pytest.mark.slow)])
 def test_half_precision_follows_single_and_continues_exactly(
     recipe: Recipe, whole: tuple[Path, loop.Outcome], tmp_path: Path, weights: Weights, precision: str, close: float
 ) -> None:
@@ -331,6 +331,7 @@ smoothness = 1e-3
 """
 
 
+@pytest.mark.slow
 def test_depth_trains_alone_first_and_stays_as_it_is(
     cache: Path, recipe_text: Callable[..., str], tmp_path: Path, weights: Weights
 ) -> None:
