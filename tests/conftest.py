@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -158,3 +160,40 @@ def louder() -> Any:
     Others are nearly gray, a level apart in a few values. The weights for PyTorch stay as they were.
     """
     return _louder
+
+
+TINY_NETWORK = """
+size = 32
+depth_width = 4
+depth_decoder_widths = [4, 4, 4, 4, 4]
+keypoint_width = 4
+keypoint_max = 8
+keypoint_blocks = 2
+motion_width = 4
+motion_max = 8
+motion_blocks = 2
+motion_scale = 0.5
+generator_width = 4
+generator_max = 8
+residual_blocks = 1
+query_width = 2
+discriminator_width = 4
+discriminator_max = 8
+discriminator_blocks = 1
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_network() -> str:
+    """Lines of a recipe's [network]: the smallest sizes that every variant can have."""
+    return TINY_NETWORK
+
+
+@pytest.fixture(scope="session")
+def heed_interrupts() -> Callable[[], None]:
+    """To be run in a child process: what a shell starts in the background ignores SIGINT, and hands that on."""
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return heed

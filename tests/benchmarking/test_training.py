@@ -30,23 +30,7 @@ from dagan_rt.training.recipe import Recipe, parse_recipe
 RECIPE = """
 [network]
 variant = "dagan"
-size = 32
-depth_width = 4
-depth_decoder_widths = [4, 4, 4, 4, 4]
-keypoint_width = 4
-keypoint_max = 8
-keypoint_blocks = 2
-motion_width = 4
-motion_max = 8
-motion_blocks = 2
-motion_scale = 0.5
-generator_width = 4
-generator_max = 8
-residual_blocks = 1
-query_width = 2
-discriminator_width = 4
-discriminator_max = 8
-discriminator_blocks = 1
+{network}
 [data]
 kind = "clips"
 path = "nowhere"
@@ -77,8 +61,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe() -> Recipe:
-    return parse_recipe(RECIPE)
+def recipe(tiny_network: str) -> Recipe:
+    return parse_recipe(RECIPE.format(network=tiny_network))
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +170,8 @@ def test_the_forms_of_a_recipe() -> None:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    (tmp_path / "tiny.toml").write_text(RECIPE)
+def file(tmp_path: Path, tiny_network: str) -> Path:
+    (tmp_path / "tiny.toml").write_text(RECIPE.format(network=tiny_network))
     return tmp_path / "tiny.toml"
 
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,10 @@ for line in sys.stdin:
 """
 
 
-def heed_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and hands that on to all it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Exports:
     """Exports of one checkpoint, each in a process of its own."""
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str], heed_interrupts: Callable[[], None]) -> None:
         self._log, self._arguments = folder / "log", arguments
         self._server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -118,13 +113,15 @@ class Exports:
 
 
 @pytest.fixture(scope="module")
-def exports(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
+def exports(
+    small_model: Any, tmp_path_factory: pytest.TempPathFactory, heed_interrupts: Callable[[], None]
+) -> Iterator[Exports]:
     """Of one part of a small FOMM: a graph, the weights, the report and the manifest."""
     folder = tmp_path_factory.mktemp("checkpoint")
     checkpoints.save(folder / "model.pth.tar", small_model("fomm"))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(folder / "face.png")
     quick = ["--only", "feature_encoder", "--verify-with", str(folder / "face.png")]
-    server = Exports(folder, ["--checkpoint", str(folder / "model.pth.tar"), *quick])
+    server = Exports(folder, ["--checkpoint", str(folder / "model.pth.tar"), *quick], heed_interrupts)
     yield server
     server.close()
 
@@ -247,7 +244,9 @@ def checkpoint(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> li
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 @pytest.mark.parametrize("files", [0, 3])
-def test_the_command_itself(tmp_path: Path, checkpoint: list[str], number: int, code: int, files: int) -> None:
+def test_the_command_itself(
+    tmp_path: Path, checkpoint: list[str], number: int, code: int, files: int, heed_interrupts: Callable[[], None]
+) -> None:
     """A whole export as a shell starts it, ended as soon as its folder holds so many files."""
     command = [sys.executable, "-m", "dagan_rt.export", *checkpoint, "--out", str(tmp_path / "bundle")]
     process = subprocess.Popen(

@@ -300,14 +300,17 @@ def command(film: Any, raw: Path, out: Path, network: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_command_itself_ended_and_continued(
-    film: Any, raw: Path, tmp_path: Path, red_network: Path, number: int
+    film: Any, raw: Path, tmp_path: Path, red_network: Path, number: int, heed_interrupts: Any
 ) -> None:
     for person in range(4, 12):
         film.write(raw / f"id{person}" / "talk.mp4", film.talk(40, wall=person))
     prepare(raw, tmp_path / "whole", film.small(detector=str(red_network), max_frames=1024))
     out = tmp_path / "out"
     line = command(film, raw, out, red_network)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
     while process.poll() is None:
         if (out / "manifest.jsonl").exists() and (out / "manifest.jsonl").read_bytes().count(b"\n") >= 2:
             process.send_signal(number)

@@ -12,28 +12,6 @@ from dagan_rt.training import loop
 from dagan_rt.training.recipe import Recipe, parse_recipe
 from dagan_rt.training.saving import latest_checkpoint
 
-NETWORK = """
-[network]
-variant = "{variant}"
-size = 32
-num_keypoints = {points}
-depth_width = 4
-depth_decoder_widths = [4, 4, 4, 4, 4]
-keypoint_width = 4
-keypoint_max = 8
-keypoint_blocks = 2
-motion_width = 4
-motion_max = 8
-motion_blocks = 2
-motion_scale = 0.5
-generator_width = 4
-generator_max = 8
-residual_blocks = 1
-query_width = 2
-discriminator_width = 4
-discriminator_max = 8
-discriminator_blocks = 1
-"""
 TAIL = """
 [data]
 kind = "heads"
@@ -78,19 +56,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("heads")
 
 
-def _recipe_text(cache: Path, variant: str = "dagan", points: int = 15, disparity: float = 5) -> str:
-    return NETWORK.format(variant=variant, points=points) + TAIL.format(cache=cache, disparity=disparity)
-
-
 @pytest.fixture(scope="session")
-def recipe_text() -> Callable[..., str]:
+def recipe_text(tiny_network: str) -> Callable[..., str]:
     """(cache, variant, points, disparity) -> the text of a recipe of two stages, six steps."""
-    return _recipe_text
+
+    def text(cache: Path, variant: str = "dagan", points: int = 15, disparity: float = 5) -> str:
+        network = f'[network]\nvariant = "{variant}"\nnum_keypoints = {points}\n{tiny_network}'
+        return network + TAIL.format(cache=cache, disparity=disparity)
+
+    return text
 
 
 @pytest.fixture(scope="session")
-def recipe(cache: Path) -> Recipe:
-    return parse_recipe(_recipe_text(cache))
+def recipe(cache: Path, recipe_text: Callable[..., str]) -> Recipe:
+    return parse_recipe(recipe_text(cache))
 
 
 @pytest.fixture(scope="session")

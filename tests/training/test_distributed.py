@@ -23,23 +23,7 @@ ROOT = Path(loop.__file__).parents[2]
 RECIPE = """
 [network]
 variant = "dagan"
-size = 32
-depth_width = 4
-depth_decoder_widths = [4, 4, 4, 4, 4]
-keypoint_width = 4
-keypoint_max = 8
-keypoint_blocks = 2
-motion_width = 4
-motion_max = 8
-motion_blocks = 2
-motion_scale = 0.5
-generator_width = 4
-generator_max = 8
-residual_blocks = 1
-query_width = 2
-discriminator_width = 4
-discriminator_max = 8
-discriminator_blocks = 1
+{network}
 [data]
 kind = "heads"
 cache = "{cache}"
@@ -87,9 +71,9 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_network: str) -> Path:
     file = tmp_path_factory.mktemp("recipe") / "recipe.toml"
-    file.write_text(RECIPE.format(cache=tmp_path_factory.mktemp("heads"), steps=4, every=100))
+    file.write_text(RECIPE.format(network=tiny_network, cache=tmp_path_factory.mktemp("heads"), steps=4, every=100))
     return file
 
 
@@ -110,7 +94,9 @@ def test_two_processes_equal_one_with_the_joint_batch(recipe: Path, tmp_path: Pa
     for network in ("generator", "kp_detector", "discriminator"):
         for name, value in expected[network].items():
             if "running" in name:
-                assert torch.allclose(got[network][name], value, rtol=1e-4, atol=2e-4), name
+                assert torch.allclose(got[network][name], value, rtol=1e-4, atol=5e-4), (
+                    name
+                )  # biases, below, move the means
             elif not name.endswith("conv.bias"):  # batch norm takes a bias before it away: it moves at random
                 difference = (got[network][name] - value).abs()
                 assert difference.max() < 4.1e-4, name

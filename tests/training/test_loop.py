@@ -188,14 +188,19 @@ def test_without_cuda_it_says_so(recipe: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_with_a_checkpoint_and_its_own_exit_code(
-    cache: Path, tmp_path: Path, number: signal.Signals, code: int, recipe_text: Callable[..., str]
+    cache: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    recipe_text: Callable[..., str],
+    heed_interrupts: Callable[[], None],
 ) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(recipe_text(cache).replace("steps = 4", "steps = 100000"))
     environment = os.environ | {"PYTHONPATH": str(Path(loop.__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-m", "dagan_rt", "train", "--recipe", str(file), "--out", str(tmp_path / "run"), "--quiet"],
-        stderr=subprocess.PIPE, text=True, env=environment,
+        stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts,
     )  # fmt: skip
     log = tmp_path / "run" / journal.LOG_NAME
     killer = threading.Timer(300, process.kill)

@@ -8,23 +8,7 @@ import pytest
 
 BASE = """
 [network]
-size = 32
-depth_width = 4
-depth_decoder_widths = [4, 4, 4, 4, 4]
-keypoint_width = 4
-keypoint_max = 8
-keypoint_blocks = 2
-motion_width = 4
-motion_max = 8
-motion_blocks = 2
-motion_scale = 0.5
-generator_width = 4
-generator_max = 8
-residual_blocks = 1
-query_width = 2
-discriminator_width = 4
-discriminator_max = 8
-discriminator_blocks = 1
+{network}
 [data]
 kind = "heads"
 cache = "{cache}"
@@ -64,9 +48,9 @@ losses = { photometric = 1.0, smoothness = 1e-3 }
 
 
 @pytest.fixture(scope="session")
-def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_network: str) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
-    (folder / "table1.toml").write_text(BASE.format(cache=(folder / "cache").as_posix()))
+    (folder / "table1.toml").write_text(BASE.format(network=tiny_network, cache=(folder / "cache").as_posix()))
     (folder / "table1-depth.toml").write_text(DEPTH)
     for variant, points in (("baseline", 15), ("fomm", 10), ("dagan_sa", 15), ("dagan", 15)):
         text = f'base = "table1.toml"\n[network]\nvariant = "{variant}"\nnum_keypoints = {points}\n'
