@@ -285,4 +285,4 @@ class Run:
         used = ["warp"] * (generator.warp is not warp)
         if self.trainer.model.config.parts.attention:
             used += ["attention"] * (generator.AttnModule.attend is not cross_attention)
-        return f"wall clock; parts: {self.plan.parts} more steps; CUDA kernels: {', '.join(used) or 'none'}"
+        return f"wall clock; parts: {self.plan.parts} more steps; in quicker forms: {', '.join(used) or 'none'}"

@@ -113,7 +113,7 @@ def planned(args: argparse.Namespace, file: Path, cuda: bool) -> Iterator[tuple[
         raise InputError(f"--batch must be a multiple of the {args.processes} processes, got {stage.batch}")
     case = {"recipe": file.stem, "stage": stage.name, "size": str(stage.size), "batch": str(stage.batch)}
     case |= {"processes": str(args.processes)} if args.processes > 1 else {}
-    forms = forms_of(args.precisions or default_precisions(recipe.training.precision, cuda), recipe.training.ema, cuda)
+    forms = forms_of(args.precisions or default_precisions(recipe.training.precision, cuda), recipe.training.ema)
     names = [form.name for form in forms]
     for form in forms:
         if args.forms is None or any(
@@ -123,14 +123,12 @@ def planned(args: argparse.Namespace, file: Path, cuda: bool) -> Iterator[tuple[
             yield Row("training", case, form.name, "skipped", command=command(given)), form
 
 
-def forms_of(precisions: Sequence[str], ema: float, cuda: bool) -> list[Form]:
-    """Each precision; beside the first one the same with or without averaged weights; on a GPU without our kernels."""
+def forms_of(precisions: Sequence[str], ema: float) -> list[Form]:
+    """Each precision; beside the first one the same with or without averaged weights; each without quicker forms."""
     forms = [Form(f"{OURS} {it}", {"precision": it}) for it in precisions]
     other = ("without average", 0.0) if ema else ("with average", DECAY)
     forms.insert(1, Form(f"{OURS} {precisions[0]} {other[0]}", {"precision": precisions[0], "ema": other[1]}))
-    if cuda:
-        forms += [Form(f"eager {it}", {"precision": it, "kernels": False}) for it in precisions]
-    return forms
+    return forms + [Form(f"eager {it}", {"precision": it, "kernels": False}) for it in precisions]
 
 
 def default_precisions(own: str, cuda: bool) -> list[str]:

@@ -149,7 +149,7 @@ class Trainer:
         stage, world = self.stage, self.world
         training, data = self.recipe.training, self.recipe.data
         self.model = world.synchronized(_placed(resized(model, self.recipe.stage_config(stage)), self.device))
-        if training.kernels and self.device.type == "cuda":
+        if training.kernels:
             for note in accelerate(self.model, training.precision, world.share(stage.batch)):
                 self._say(note)
         self.parts = trained_parts(self.model, self.pose)

@@ -23,7 +23,7 @@ from dagan_rt.networks.model import Model
 from dagan_rt.networks.variants import VARIANTS
 from dagan_rt.training import accelerate as module
 from dagan_rt.training import loop
-from dagan_rt.training.accelerate import accelerate, attention, fault, warp
+from dagan_rt.training.accelerate import accelerate, attention, fault, fused_attention, warp
 from dagan_rt.training.recipe import parse_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # where the emulated GPU lies
@@ -180,10 +180,38 @@ def test_arrays_that_lie_oddly_are_copied(emulated: Any, layout: Any) -> None:
     torch.testing.assert_close(attention(query, key, value, in_float32=True), cross_attention(query, key, value))
 
 
-def test_on_the_cpu_a_model_stays_as_it_is() -> None:
+def test_on_the_cpu_attention_is_fused() -> None:
     model = built()
-    assert accelerate(model) == ["CUDA kernels: not used, the networks are on the cpu"]
-    assert model.generator.warp is plain_warp and model.generator.AttnModule.attend is cross_attention
+    assert accelerate(model) == []
+    assert model.generator.warp is plain_warp and model.generator.AttnModule.attend is fused_attention
+    assert accelerate(built("baseline")) == []
+
+
+@pytest.mark.parametrize(("width", "channels", "pixels"), [(8, 40, 300), (5, 3, 17), (4, 4, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_attention_is_attention(width: int, channels: int, pixels: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    sizes = (width, width, channels)
+    inputs = [torch.randn(2, size, pixels, generator=random).double().requires_grad_() for size in sizes]
+    slope = torch.randn(2, channels, pixels, generator=random).double()
+    wanted = cross_attention(*inputs)
+    wanted_gradients = torch.autograd.grad(wanted, inputs, slope)
+    own = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    got = fused_attention(*own)
+    gradients = torch.autograd.grad(got, own, slope.to(dtype))
+    most = 1e-4 if dtype == torch.float32 else 1e-10
+    for one, other in zip((got, *gradients), (wanted, *wanted_gradients), strict=True):
+        assert one.shape == other.shape
+        assert float((one.double() - other).norm() / other.norm()) < most
+
+
+def test_fused_attention_stores_no_logits() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    query, key, value = (torch.rand(1, size, 400).requires_grad_() for size in (8, 8, 40))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        fused_attention(query, key, value).sum().backward()
+    assert not any(list(shape)[-2:] == [400, 400] for event in seen.events() for shape in event.input_shapes if shape)
 
 
 class Card:

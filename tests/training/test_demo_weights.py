@@ -35,6 +35,7 @@ def test_they_fit_in_ten_megabytes() -> None:
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 10_000_000
 
 
+@pytest.mark.slow
 def test_they_score_on_held_out_faces_what_the_log_says(recipe: Recipe, tmp_path: Path) -> None:
     from dataclasses import replace
 
