@@ -53,13 +53,13 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
-class ResNet(nn.Module):
+class _ResNet(nn.Module):
     """ResNet without its classifier (He et al., 2016), with every stage's output kept."""
 
-    def __init__(self, layers: int, width: int, in_channels: int = 3) -> None:
+    def __init__(self, layers: int, width: int) -> None:
         super().__init__()
         block = _BasicBlock if layers == 18 else _Bottleneck
-        self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.widths = [width]
         for index, count in enumerate(_LAYERS[layers]):
@@ -84,7 +84,7 @@ class DepthEncoder(nn.Module):
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        self.encoder = ResNet(layers, width)
+        self.encoder = _ResNet(layers, width)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """`image` [B, 3, H, W] in [0, 1] -> five features, [B, C_i, H/2^(i+1), W/2^(i+1)]."""

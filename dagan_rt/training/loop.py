@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -226,11 +226,13 @@ class Trainer:
         return _placed(load_vgg(vgg.file or None, vgg.width, vgg.seed), self.device)
 
     def _pose_network(self) -> PoseNetwork | None:
-        if not any(stage.losses.trains_depth_alone for stage in self.recipe.stages):
+        sizes = [stage.size for stage in self.recipe.stages if stage.losses.trains_depth_alone]
+        if not sizes:
             return None
         from dagan_rt.training.geometry import PoseNetwork
 
-        return self.world.synchronized(_placed(PoseNetwork(self.recipe.network), self.device))
+        network = PoseNetwork(replace(self.recipe.network, size=max(sizes)))
+        return self.world.synchronized(_placed(network, self.device))
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 

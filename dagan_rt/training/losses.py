@@ -61,6 +61,9 @@ DEFAULT_LANDMARKS: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 
 
+DEPTH_TERMS = ("smoothness", "consistency", "convexity")
+"""Terms of self-supervised depth beside `photometric`, which makes a stage one."""
+
 _NOT_OF_DEPTH = (
     "perceptual", "generator_gan", "feature_matching", "equivariance_value", "equivariance_jacobian",
     "keypoint_distance", "pixel", "gradient", "landmark", "disparity",
@@ -88,6 +91,7 @@ class LossWeights:
     disparity: float = 0.0
     photometric: float = 0.0  # view synthesis between frames of a clip: self-supervised depth, a stage of its own
     smoothness: float = 0.0  # of its disparity, edge-aware
+    consistency: float = 0.0  # of the depths of two frames, one moved to the other
     convexity: float = 0.0  # its disparity towards a bulge in the middle: a start that is not hollow
     discriminator_gan: float = 1.0  # of the discriminator's own step
 

@@ -12,7 +12,7 @@ from dagan_rt.networks.config import NetworkConfig
 from dagan_rt.tables import fill, parse, refuse_unknown, table
 from dagan_rt.training.heads import TRAINING
 from dagan_rt.training.inherit import resolved_text
-from dagan_rt.training.losses import DEFAULT_LANDMARKS, LossWeights
+from dagan_rt.training.losses import DEFAULT_LANDMARKS, DEPTH_TERMS, LossWeights
 
 TRAINABLE = ("generator", "keypoints", "depth", "discriminator", "pose")
 
@@ -183,9 +183,9 @@ class Recipe:
         """Self-supervised depth is a stage of its own, on frames near to each other."""
         where = f"stage {stage.name!r}:"
         if not stage.losses.trains_depth_alone:
-            if stage.neighbours or stage.losses.smoothness or stage.losses.convexity:
-                only = "neighbours, losses.smoothness and losses.convexity"
-                raise InputError(f"{where} {only} belong to losses.photometric, which is 0")
+            given = [f"losses.{name}" for name in DEPTH_TERMS if getattr(stage.losses, name)]
+            if only := ["neighbours"] * bool(stage.neighbours) + given:
+                raise InputError(f"{where} {only[0]} belongs to losses.photometric, which is 0")
             return
         if not self.network.parts.uses_depth:
             raise InputError(

@@ -15,7 +15,7 @@ from dagan_rt.keypoints import KeyPoints
 from dagan_rt.networks.config import NetworkConfig
 from dagan_rt.networks.model import Model
 from dagan_rt.training import losses
-from dagan_rt.training.losses import LossWeights, discriminator_loss, generator_losses
+from dagan_rt.training.losses import DEPTH_TERMS, LossWeights, discriminator_loss, generator_losses
 from dagan_rt.training.transform import Transform
 from dagan_rt.training.vgg import Vgg19, load_vgg
 
@@ -253,7 +253,7 @@ EVERYTHING = LossWeights(pixel=1, gradient=1, landmark=1, disparity=1)
 def test_every_term_is_there_and_finite(small, batch):
     terms, generated, driving = generator_losses(small, batch, EVERYTHING, load_vgg(width=0.1))
     constants = {"alpha", "scales", "sigma_affine", "sigma_tps"}
-    depth_alone = {"photometric", "smoothness", "convexity"}
+    depth_alone = {"photometric", *DEPTH_TERMS}
     assert set(terms) == set(vars(EVERYTHING)) - constants - depth_alone - {"discriminator_gan"}
     assert all(term.shape == () and term.isfinite() for term in terms.values())
     assert generated is not None and generated.prediction.shape == (2, 3, 64, 64)

@@ -169,7 +169,11 @@ def test_a_stage_of_depth_alone_computes_nothing_else_and_the_next_one_does() ->
         ({"neighbours": 0}, "photometric needs neighbours, 1 or more frames, got 0"),
         ({"frames": 2}, "needs data.frames of at least 3, got 2"),
         ({"more": "landmark = 1"}, "trains depth alone: set losses.landmark to 0 there"),
-        ({"more": '[[stage]]\nname = "b"\nsteps = 1\nneighbours = 1'}, "losses.convexity belong to losses.photometric"),
+        ({"more": '[[stage]]\nname = "b"\nsteps = 1\nneighbours = 1'}, "neighbours belongs to losses.photometric"),
+        (
+            {"more": '[[stage]]\nname = "b"\nsteps = 1\n[stage.losses]\nconsistency = 1'},
+            "losses.consistency belongs to losses.photometric, which is 0",
+        ),
         ({"variant": "fomm"}, "photometric must be 0 for fomm: it has no depth network"),
     ],
 )

@@ -13,9 +13,11 @@ from dagan_rt.training.geometry.pose import Motion, PoseNetwork
 from dagan_rt.training.geometry.synthesis import (
     FARTHEST,
     NEAREST,
+    View,
     depth_of,
     disparity_of,
     pixel_centres,
+    sample,
     synthesise,
 )
 from dagan_rt.training.losses import LossWeights
@@ -107,44 +109,59 @@ def depth_losses(
 ) -> dict[str, Tensor]:
     """Weighted terms `photometric` and `smoothness` of a batch {target, before, after}: float32 [B, 3, H, W] in [0, 1].
 
-    Each is a mean over the batch, the pixels and the four scales of disparity. Where its weight is above 0 there is
-    also `convexity`, the mean distance of disparity from `bulge`: for a short first stage.
+    Each is a mean over the batch, the pixels and the four scales of disparity. Where their weights are above 0 there
+    are also `consistency`, see there, and `convexity`, the mean distance of disparity from `bulge`: for a short first
+    stage.
     """
     target, neighbours = batch["target"], torch.cat([batch["before"], batch["after"]])  # [B, ...], [2B, ...]
-    disparities = [disparity.float() for disparity in depth.scales(target)]  # [B, 1, H/2^s, W/2^s]
+    seen = torch.cat([target, neighbours]) if weights.consistency else target
+    every = [disparity.float() for disparity in depth.scales(seen)]
+    disparities = [disparity[: len(target)] for disparity in every]  # [B, 1, H/2^s, W/2^s]
     motion = pose(target.repeat(2, 1, 1, 1), neighbours)
     with torch.autocast(target.device.type, enabled=False):  # geometry takes all the digits of float32
-        target = target.float()
-        photometric = _photometric(disparities, target, neighbours.float(), motion)
+        target, neighbours = target.float(), neighbours.float()
+        views = [_view(neighbours, disparity, motion) for disparity in disparities]
+        drawn = torch.stack([view.image for view in views]).unflatten(1, (2, -1))  # [4, 2, B, C, H, W]
+        warped = photometric_error(drawn, target)  # [4, 2, B, 1, H, W]
+        unwarped = photometric_error(neighbours.unflatten(0, (2, -1)), target)  # [2, B, 1, H, W]
         rough = []
         for scale, disparity in enumerate(disparities):
             small = F.interpolate(target, disparity.shape[-2:], mode="area") if scale else target
             rough.append(smoothness(disparity, small) / 2**scale)
         terms = {
-            "photometric": weights.photometric * photometric,
+            "photometric": weights.photometric * masked_minimum(warped, unwarped).mean(),
             "smoothness": weights.smoothness * torch.stack(rough).mean(),
         }
+        if weights.consistency:
+            moved = (warped[0] < unwarped).flatten(0, 1)  # [2B, 1, H, W]
+            terms["consistency"] = weights.consistency * consistency(views[0], every[0][len(target) :], moved)
         if weights.convexity:
             away = [(disparity - bulge(disparity)).abs().mean() for disparity in disparities]
             terms["convexity"] = weights.convexity * torch.stack(away).mean()
         return terms
 
 
-def _photometric(disparities: list[Tensor], target: Tensor, neighbours: Tensor, motion: Motion) -> Tensor:
-    """Mean error of the target [B, C, H, W] drawn from its neighbours [2B, C, H, W], each scale at full resolution.
+def consistency(view: View, disparity: Tensor, counts: Tensor) -> Tensor:
+    """How far the depths of two frames disagree once one is moved to the other: |a - b| / (a + b), in [0, 1].
+
+    disparity [B, 1, H, W]: the other frame's; counts [B, 1, H, W]: pixels that take part, the rest being 0 in the
+    mean. (SC-SfMLearner, Bian et al. 2019.) There it keeps a film's scale. On faces it tells a deep relief that turns
+    a little from a shallow one that turns more, which look the same: the turned face's depth must be tilted by just
+    the angle that it was turned by.
+    """
+    there = sample(depth_of(disparity), view.places, *counts.shape[-2:])
+    inside = ((view.places > 0) & (view.places < 1)).all(1).view_as(counts)
+    return ((view.depth - there).abs() / (view.depth + there) * (counts & inside)).mean()
+
+
+def _view(others: Tensor, disparity: Tensor, motion: Motion) -> View:
+    """Targets drawn from others [2B, C, H, W] through disparity [B, 1, h, w] of any scale, at full resolution.
+
+    The motion is the pose network's: about a point at `PIVOT`, shifts in units of it.
 
     Judged at its own size, a coarse map would find the textureless regions of small pictures as good as any other.
     """
-    drawn = []
-    for disparity in disparities:
-        whole = F.interpolate(disparity, target.shape[-2:], mode="bilinear", align_corners=False)
-        drawn.append(draw(neighbours, depth_of(whole).repeat(2, 1, 1, 1), motion).unflatten(0, (2, -1)))
-    warped = photometric_error(torch.stack(drawn), target)  # [4, 2, B, 1, H, W]
-    unwarped = photometric_error(neighbours.unflatten(0, (2, -1)), target)  # [2, B, 1, H, W]
-    return masked_minimum(warped, unwarped).mean()
-
-
-def draw(other: Tensor, depth: Tensor, motion: Motion) -> Tensor:
-    """`synthesise` with the motion that the pose network gives: about a point at `PIVOT`, shifts in units of it."""
+    whole = F.interpolate(disparity, others.shape[-2:], mode="bilinear", align_corners=False)
+    depth = depth_of(whole).repeat(2, 1, 1, 1)  # [2B, 1, H, W]
     pivot = depth.new_tensor([0, 0, PIVOT]).expand(len(depth), 3)
-    return synthesise(other, depth, motion.camera, motion.rotation, motion.translation * PIVOT, pivot)
+    return synthesise(others, depth, motion.camera, motion.rotation, motion.translation * PIVOT, pivot)

@@ -87,13 +87,25 @@ def sample(image: Tensor, places: Tensor, height: int, width: int) -> Tensor:
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
+@dataclass(frozen=True)
+class View:
+    """A frame drawn with another one's pixels: the image [B, C, H, W], where in the other frame its pixels were read
+    [B, 2, H*W], and how far from the other frame's camera each of the points is [B, 1, H, W]."""
+
+    image: Tensor
+    places: Tensor
+    depth: Tensor
+
+
 def synthesise(
     other: Tensor, depth: Tensor, camera: Camera, rotation: Tensor, translation: Tensor, pivot: Tensor
-) -> Tensor:
-    """The target frame, drawn with the other frame's pixels: [B, C, H, W].
+) -> View:
+    """The target frame, drawn with the other frame's pixels.
 
     other [B, C, H, W]; depth [B, 1, H, W] of the target; the motion (see `move`) takes the target's points to where
     they are when the other frame is taken.
     """
     points = move(back_project(depth, camera), rotation, translation, pivot)  # [B, 3, H*W]
-    return sample(other, project(points, camera), depth.shape[-2], depth.shape[-1])
+    places = project(points, camera)
+    image = sample(other, places, depth.shape[-2], depth.shape[-1])
+    return View(image, places, points[:, 2:].clamp_min(LEAST_DEPTH).view_as(depth))

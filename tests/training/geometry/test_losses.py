@@ -15,6 +15,7 @@ from dagan_rt.networks.depth import DepthNetwork
 from dagan_rt.training.geometry.losses import (
     TIE,
     bulge,
+    consistency,
     depth_losses,
     masked_minimum,
     photometric_error,
@@ -23,7 +24,7 @@ from dagan_rt.training.geometry.losses import (
 )
 from dagan_rt.training.geometry.pose import Motion, PoseNetwork
 from dagan_rt.training.geometry.score import Faces, constant_guess, draw_faces, score_guess, score_network
-from dagan_rt.training.geometry.synthesis import Camera, synthesise
+from dagan_rt.training.geometry.synthesis import Camera, disparity_of, synthesise
 from dagan_rt.training.heads.person import draw_scene
 from dagan_rt.training.losses import LossWeights
 
@@ -241,7 +242,7 @@ def test_depth_losses_are_put_together_as_written() -> None:
                 pivot = torch.tensor([[0.0, 0.0, middle]]).double()
                 turn, shift = (torch.tensor([moves[name][item]]).double() for moves in (turns, shifts))
                 camera = Camera(torch.full((1, 2), 1.5).double(), torch.full((1, 2), 0.5).double())
-                drawn = synthesise(other, depth, camera, turn, middle * shift, pivot)
+                drawn = synthesise(other, depth, camera, turn, middle * shift, pivot).image
                 errors += [photometric_error(drawn, target), photometric_error(other, target)]
             photometric.append(float(torch.cat(errors).amin(0).mean()))
             small = F.avg_pool2d(target, 2**scale)
@@ -262,6 +263,87 @@ def test_convexity_pulls_every_scale_to_a_bulge_in_the_middle() -> None:
         losses = depth_losses(depth, pose, batch, replace(WEIGHTS, convexity=3.0))
     assert float(losses["convexity"]) == pytest.approx(3 * float(torch.stack(expected).mean()), rel=1e-5)
     assert set(depth_losses(depth, pose, batch, WEIGHTS)) == {"photometric", "smoothness"}
+
+
+def rotate(vector: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """Rodrigues' formula, for one point."""
+    angle = np.linalg.norm(vector)
+    axis = vector / angle
+    return (
+        point * np.cos(angle)
+        + np.cross(axis, point) * np.sin(angle)
+        + axis * (axis @ point) * (1 - np.cos(angle))
+    )  # fmt: skip
+
+
+def test_consistency_equals_its_twin_pixel_by_pixel() -> None:
+    generator = torch.Generator().manual_seed(3)
+    size, focal, pivot = 8, 1.5, np.array([0, 0, 2.0])
+    depth, other = (1.5 + torch.rand(1, 1, size, size, generator=generator).double() for _ in range(2))
+    turn, shift = torch.tensor([[0.1, 0.3, -0.1]]).double(), torch.tensor([[0.1, 0.05, -0.2]]).double()
+    counts = torch.rand(1, 1, size, size, generator=generator) < 0.7
+    camera = Camera(torch.full((1, 2), focal).double(), torch.full((1, 2), 0.5).double())
+    view = synthesise(other, depth, camera, turn, shift, torch.from_numpy(pivot)[None])
+
+    expected, outside = 0.0, 0
+    for y in range(size):
+        for x in range(size):
+            if not counts[0, 0, y, x]:
+                continue
+            ray = np.array([((x + 0.5) / size - 0.5) / focal, ((y + 0.5) / size - 0.5) / focal, 1])
+            point = rotate(turn[0].numpy(), ray * float(depth[0, 0, y, x]) - pivot) + pivot + shift[0].numpy()
+            u, v = point[:2] / point[2] * focal + 0.5
+            if not (0 < u < 1 and 0 < v < 1):
+                outside += 1
+                continue
+            column, row = (min(max(place * size - 0.5, 0), size - 1) for place in (u, v))
+            left, top = min(int(column), size - 2), min(int(row), size - 2)
+            a, b = column - left, row - top
+            corners = other[0, 0, top : top + 2, left : left + 2].numpy()
+            there = np.array([1 - b, b]) @ corners @ np.array([1 - a, a])
+            expected += abs(point[2] - there) / (point[2] + there) / size**2
+    assert outside > 0
+    found = consistency(view, disparity_of(other), counts)
+    assert float(found) == pytest.approx(expected, rel=1e-4)  # disparity and back: another interpolation's rounding
+
+
+@pytest.mark.parametrize("identity", [0, 1, 2])
+def test_consistency_tells_the_true_relief_from_one_that_looks_the_same(identity: int, head_pair: Any) -> None:
+    """Half as much relief again and two thirds of the turn cost the picture little; the depths then disagree."""
+    pair = {
+        name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in head_pair(identity, (0, 5), 64).items()
+    }
+    distance, head = pair["pivot"][2], pair["depth"][:1, None] < pair["depth"].max() - 1
+    camera = Camera(pair["focal"][None], torch.full((1, 2), 0.5).double())
+
+    def losses(relief: float) -> tuple[float, float]:
+        depth = distance + relief * (pair["depth"][:, None] - distance)  # [2, 1, H, W]: both frames
+        view = synthesise(
+            pair["images"][1:], depth[:1], camera, pair["rotation"][None] / relief, pair["translation"][None],
+            pair["pivot"][None],
+        )  # fmt: skip
+        error = photometric_error(view.image, pair["images"][:1])
+        return float(error[head].mean()), float(consistency(view, disparity_of(depth[1:]), head))
+
+    (seen, true), (seen_deep, deep) = losses(1.0), losses(1.5)
+    assert seen < seen_deep < 1.3 * seen
+    assert deep / true > 1.5 * seen_deep / seen
+
+
+def test_consistency_joins_the_terms_where_it_has_a_weight() -> None:
+    depth, pose = (network.eval() for network in networks())
+    batch = random_batch()
+    with torch.no_grad():
+        without = depth_losses(depth, pose, batch, WEIGHTS)
+        once = depth_losses(depth, pose, batch, replace(WEIGHTS, consistency=1.0))
+        twice = depth_losses(depth, pose, batch, replace(WEIGHTS, consistency=2.0))
+    assert set(without) == {"photometric", "smoothness"} and set(once) == {*without, "consistency"}
+    assert (
+        float(twice["consistency"]) == pytest.approx(2 * float(once["consistency"]), rel=1e-5)
+        and once["consistency"] > 0
+    )
+    for name, loss in without.items():
+        assert float(once[name]) == pytest.approx(float(loss), abs=4 * TIE), name
 
 
 def test_the_mean_over_half_batches_is_the_mean_over_the_batch() -> None:
