@@ -88,17 +88,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"stopped, for the result cannot be written: {reason}; what is done is kept, and the same command continues"
         ) from error
-    _report(outcome, arguments.out)
+    _report(outcome, arguments)
     return 0
 
 
-def _report(outcome: Outcome, out: Path) -> None:
+def _report(outcome: Outcome, arguments: argparse.Namespace) -> None:
     """Print the counts; InputError where no clip came of it at all."""
-    skipped = _counted(outcome.skipped)
+    out, skipped = arguments.out, _counted(outcome.skipped)
+    remedies = _remedies(outcome, arguments)
     if not outcome.clips:
         raise InputError(
             f"no clip came of {outcome.videos} videos ({skipped}{_also(outcome.dropped)}): {out / 'manifest.jsonl'} "
-            "says of each why"
+            f"says of each why{''.join(f'; {remedy}' for remedy in remedies)}"
         )
     used = outcome.videos - outcome.skipped.total()
     print(f"{used} of {outcome.videos} videos gave {len(outcome.clips)} clips")
@@ -110,6 +111,8 @@ def _report(outcome: Outcome, out: Path) -> None:
         print(f"skipped {outcome.skipped.total()} videos: {skipped}")
     if outcome.dropped:
         print(f"left out {outcome.dropped.total()} stretches with a face: {_counted(outcome.dropped)}")
+    for remedy in remedies:
+        print(f"note: {remedy}")
     if outcome.damaged:
         print(f"damaged, used up to the fault: {outcome.damaged} videos")
     if outcome.others:
@@ -117,11 +120,24 @@ def _report(outcome: Outcome, out: Path) -> None:
     for note in outcome.notes:
         print(f"note: {note}")
     print(f"why, video by video: {out / 'manifest.jsonl'}; a look at the clips: {out / 'contact.png'}")
-    print(f"next: dagan-rt train --recipe train/recipes/vox-256.toml --data {shlex.quote(str(out))} --out runs/vox-256")
+    print(f"next: dagan-rt train --recipe train/recipes/clips-256.toml --data {shlex.quote(str(out))} --out runs/mine")
 
 
 def _counted(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda one: (-one[1], one)))
+
+
+def _remedies(outcome: Outcome, arguments: argparse.Namespace) -> list[str]:
+    """Which option takes what was left out, and what it is now."""
+    from dagan_rt.preparation.video import TOO_SHORT, TOO_SMALL
+
+    reasons = outcome.skipped | outcome.dropped
+    smallest = arguments.min_side or arguments.size
+    remedies = {
+        TOO_SHORT: f"--min-frames, now {arguments.min_frames}, takes shorter ones",
+        TOO_SMALL: f"--min-side, now {smallest}, takes smaller faces, enlarged to {arguments.size} pixels",
+    }
+    return [remedy for reason, remedy in remedies.items() if reasons[reason]]
 
 
 def _also(dropped: Counter[str]) -> str:

@@ -159,6 +159,7 @@ class Recipe:
         for stage in self.stages:
             self._check_truth(stage)
             self._check_depth_stage(stage)
+            self._check_grid(stage)
         if self.start.depth and not self.network.parts.uses_depth:
             raise InputError(f"start.depth must be left out for {self.network.variant}: it has no depth network")
 
@@ -197,6 +198,17 @@ class Recipe:
             raise InputError(f"{where} losses.photometric needs neighbours, 1 or more frames, got {stage.neighbours}")
         if self.data.kind == "heads" and self.data.frames < 3:
             raise InputError(f"{where} losses.photometric needs data.frames of at least 3, got {self.data.frames}")
+
+    def _check_grid(self, stage: Stage) -> None:
+        """The hourglasses of key points and motion halve the shrunk image as often as they have blocks."""
+        grid = stage.size * stage.motion_scale
+        for name in ("keypoint_blocks", "motion_blocks"):
+            blocks = getattr(self.network, name)
+            if not stage.losses.trains_depth_alone and (grid < 2**blocks or grid % 2**blocks):
+                raise InputError(
+                    f"stage {stage.name!r}: size × motion_scale must be a multiple of {2**blocks} for {name} = {blocks}, "
+                    f"got {stage.size} × {stage.motion_scale:g} = {grid:g}"
+                )
 
     def stage_config(self, stage: Stage) -> NetworkConfig:
         """The networks at the stage's size: the same weights, another resolution."""

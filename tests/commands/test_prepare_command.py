@@ -71,7 +71,8 @@ def test_options_arrive_and_the_outcome_is_told(
     ]
     assert "skipped 6 videos: 4 no face, 2 not a video" in lines and "note: be careful" in lines
     assert "left out 3 stretches with a face: 3 too short" in lines
-    assert lines[-1] == "next: dagan-rt train --recipe train/recipes/vox-256.toml --data 'my data' --out runs/vox-256"
+    assert "note: --min-frames, now 64, takes shorter ones" in lines and not any("--min-side" in line for line in lines)
+    assert lines[-1] == "next: dagan-rt train --recipe train/recipes/clips-256.toml --data 'my data' --out runs/mine"
 
 
 def test_no_clip_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +80,7 @@ def test_no_clip_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert run("raw", "--out", "data") == 2
     complaint = capsys.readouterr().err
     assert "no clip came of 9 videos (4 no face, 2 not a video; of stretches with a face: 3 too short)" in complaint
+    assert "says of each why; --min-frames, now 64, takes shorter ones" in complaint
 
 
 def raiser(error: BaseException) -> Any:

@@ -181,7 +181,8 @@ def break_graph(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["source", "driving", "motion", "generator"])
 def test_a_graph_that_is_not_the_network_is_not_written(
-    small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     break_graph(monkeypatch, name)
     with pytest.raises(ExportError, match=f"the export is not the network: {name}: .* nothing was written"):
         export(small_model("baseline"), tmp_path / "bundle")

@@ -46,9 +46,7 @@ def test_every_variant_reenacts(small_model: Any, variant: str) -> None:
 
 
 @pytest.mark.parametrize(("variant", "used"), [("dagan", True), ("dagan_sa", False), ("dagan_spade", True)])
-def test_depth_reaches_the_attention_only_where_the_table_says(
-    small_model: Any, variant: str, used: bool
-) -> None:
+def test_depth_reaches_the_attention_only_where_the_table_says(small_model: Any, variant: str, used: bool) -> None:
     model = small_model(variant)
     image = torch.rand(1, 3, 64, 64)
     points = model.find_keypoints(image)

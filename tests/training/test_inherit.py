@@ -15,7 +15,7 @@ from dagan_rt.training.recipe import parse_recipe
 
 BASE = """
 [network]
-size = 64
+size = 128
 depth_decoder_widths = [1, 2, 3, 4, 5]
 [training]
 batch = 4
@@ -54,7 +54,7 @@ def test_tables_merge_key_by_key(tmp_path: Path) -> None:
     expected["data"] = {"frames": 9}
     assert tables_of(tmp_path / "mine.toml") == expected
     recipe = parse_recipe(resolved_text(tmp_path / "mine.toml"))  # complete: nothing left to look up
-    assert (recipe.network.variant, recipe.network.size, len(recipe.stages)) == ("fomm", 64, 2)
+    assert (recipe.network.variant, recipe.network.size, len(recipe.stages)) == ("fomm", 128, 2)
 
 
 def test_stages_are_patched_by_name(tmp_path: Path) -> None:

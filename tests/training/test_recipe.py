@@ -136,6 +136,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_recipe(tmp_path / "bytes.toml")
 
 
+def test_images_too_small_for_the_hourglasses_are_refused() -> None:
+    text = '[network]\nsize = 64\n{more}[[stage]]\nname = "a"\nsteps = 1'
+    for more in ("motion_blocks = 4\n", "motion_blocks = 4\nkeypoint_blocks = 5\nmotion_scale = 0.25\n"):
+        with pytest.raises(InputError, match="multiple of 32 for keypoint_blocks = 5, got 64 × 0.25 = 16"):
+            parse_recipe(text.format(more=more))
+    parse_recipe(text.format(more="motion_blocks = 4\nkeypoint_blocks = 4\n"))
+    parse_recipe(text.format(more="motion_scale = 0.5\n"))
+
+
 DEPTH = """
 [network]
 variant = "dagan"
