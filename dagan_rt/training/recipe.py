@@ -206,8 +206,8 @@ class Recipe:
             blocks = getattr(self.network, name)
             if not stage.losses.trains_depth_alone and (grid < 2**blocks or grid % 2**blocks):
                 raise InputError(
-                    f"stage {stage.name!r}: size × motion_scale must be a multiple of {2**blocks} for {name} = {blocks}, "
-                    f"got {stage.size} × {stage.motion_scale:g} = {grid:g}"
+                    f"stage {stage.name!r}: size × motion_scale must be a multiple of {2**blocks} for {name} = "
+                    f"{blocks}, got {stage.size} × {stage.motion_scale:g} = {grid:g}"
                 )
 
     def stage_config(self, stage: Stage) -> NetworkConfig:

@@ -26,7 +26,8 @@ def write_frames(folder: Path, levels: list[int]) -> None:
 
 def recipe(folder: Path, held_out: int) -> Recipe:
     return parse_recipe(
-        f'[data]\nkind = "clips"\npath = "{folder}"\nheld_out = {held_out}\n[[stage]]\nname = "a"\nsteps = 1\nsize = 32\nmotion_scale = 1.0'
+        f'[data]\nkind = "clips"\npath = "{folder}"\nheld_out = {held_out}\n'
+        '[[stage]]\nname = "a"\nsteps = 1\nsize = 32\nmotion_scale = 1.0'
     )
 
 
