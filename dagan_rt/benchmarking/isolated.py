@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from dagan_rt.benchmarking.frames import Bench, unmeasured, ways
+from dagan_rt.benchmarking.processes import ended
 from dagan_rt.benchmarking.rows import Results, Row
 from dagan_rt.benchmarking.suites import Form
 from dagan_rt.errors import InputError
@@ -26,33 +24,14 @@ def measure_apart(bench: Bench) -> Callable[[Form, float], list[Row]]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rows.json"
             given = ["--in-process", "--forms", form.name, "--batches", *map(str, form.batches), "--out", str(out)]
-            reason = _run([*bench.repeat, *given, "--seconds", str(seconds)], seconds)
+            command = [sys.executable, "-m", "dagan_rt.benchmarking", *bench.repeat, *given]
+            reason = ended([*command, "--seconds", str(seconds)], seconds)
             rows = list(_read(out))
         known = {row.key for row in rows}
         missing = unmeasured(way, form.batches, bench, "refused", reason or "it gave no row")
         return rows + [row for row in missing if row.key not in known]
 
     return measured
-
-
-def _run(arguments: list[str], seconds: float) -> str:
-    """Why the process gave less than asked for, or nothing."""
-    command = [sys.executable, "-m", "dagan_rt.benchmarking", *arguments]
-    with tempfile.TemporaryFile() as said:
-        # A session of its own: the compiler starts processes too, and all must end.
-        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
-        try:
-            code = process.wait(timeout=seconds)
-            reason = f"the process ended with code {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            reason = f"not done after {seconds:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        said.seek(0)
-        last = said.read().decode(errors="replace").strip().splitlines()[-1:]
-    return f"{reason}: {last[0][-300:]}" if reason and last else reason
 
 
 def _read(out: Path) -> tuple[Row, ...]:

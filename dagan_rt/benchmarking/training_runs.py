@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dagan_rt._assets import asset
+from dagan_rt.benchmarking.processes import ended
 from dagan_rt.benchmarking.provenance import clocks, command, provenance
 from dagan_rt.benchmarking.rows import OURS, Results, Row
 from dagan_rt.errors import InputError, require
@@ -209,26 +206,3 @@ def apart(args: argparse.Namespace, file: Path, form: Form, row: Row, folder: Pa
         return replace(measured, command=row.command, clocks=clocks("cpu" if args.device == "cpu" else "cuda"))
     except (InputError, ValueError):
         return replace(row, status="refused", reason=reason or "it gave no row")
-
-
-def ended(arguments: Sequence[str], seconds: float) -> str:
-    """Run a program; why it ended otherwise than well, with the last thing it said, or nothing."""
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(arguments, stdout=said, stderr=said, start_new_session=True)
-        try:
-            code = process.wait(timeout=seconds)
-            reason = f"the process ended with code {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            reason = f"not done after {seconds:.0f} s"
-        finally:
-            if process.poll() is None:
-                process.terminate()  # torchrun then ends its own
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=10)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        said.seek(0)
-        lines = said.read().decode(errors="replace").strip().splitlines()
-    told = [line for line in lines if "error" in line.lower()] or lines
-    return f"{reason}: {told[0][-300:] if told else ''}".rstrip(": ") if reason else ""

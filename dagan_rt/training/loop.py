@@ -203,7 +203,7 @@ class Trainer:
             (self.out / "recipe.toml").write_text(self.recipe.text, encoding="utf-8")
 
     def _continue_from(self, folder: Path) -> None:
-        place = restore(folder, self.recipe.network, self._model_for_step, self.pose, self.average)
+        place = restore(folder, self._model_for_step, self.pose, self.average)
         self.step, self.samples, self.seconds = place.step, place.samples, place.seconds
         for name, optimizer in self.optimizers.items():
             load_moments(optimizer, place.optimizers[name])

@@ -98,7 +98,6 @@ def latest_checkpoint(out: Path) -> Path | None:
 
 def restore(
     folder: Path,
-    network: NetworkConfig,
     model_for_step: Callable[[int], Model],
     pose: nn.Module | None = None,
     average: Average | None = None,

@@ -36,6 +36,7 @@ from dagan_rt.benchmarking.frames import (
     run,
     ways,
 )  # fmt: skip
+from dagan_rt.benchmarking.processes import ended
 from dagan_rt.benchmarking.rows import OURS
 from dagan_rt.benchmarking.subjects import Faces, random_model
 from dagan_rt.benchmarking.suites import PEERS, Effort, Form, FrameSuite
@@ -233,7 +234,7 @@ def test_random_networks_are_the_same_each_time_and_follow_the_driving_frame(ben
     assert not np.array_equal(bench.expected[0], bench.expected[1])
 
 
-def test_a_process_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_process_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path) -> None:
     started = tmp_path / "child"
     program = tmp_path / "program"
     program.write_text(
@@ -242,8 +243,7 @@ def test_a_process_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Pa
         f"open({str(started)!r}, 'w').write(str(child.pid))\nprint('compiling', flush=True)\ntime.sleep(60)\n"
     )
     program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    assert isolated._run(["frames"], 2.0) == "not done after 2 s: compiling"
+    assert ended([str(program)], 2.0) == "not done after 2 s: compiling"
     child = int(started.read_text())
     for _ in range(100):
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True).stdout.strip()
@@ -263,7 +263,7 @@ def test_rows_of_another_process(bench: Any, monkeypatch: Any) -> None:
         out.write_text(json.dumps({"suite": "frames", "provenance": {}, "rows": [row]}))
         return "not done after 5 s"
 
-    monkeypatch.setattr(isolated, "_run", pretend)
+    monkeypatch.setattr(isolated, "ended", pretend)
     form = Form("compile-fp16", (1, 2), seconds=5.0)
     rows = isolated.measure_apart(bench)(form, 5.0)
     assert [(row.group, row.case["batch"], row.status) for row in rows] == [

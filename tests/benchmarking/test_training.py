@@ -21,9 +21,10 @@ import torch
 from dagan_rt.benchmarking import training, training_runs
 from dagan_rt.benchmarking.__main__ import main
 from dagan_rt.benchmarking.clock import Clock
+from dagan_rt.benchmarking.processes import ended
 from dagan_rt.benchmarking.rows import CALL, STEP_PARTS, Results, Row
 from dagan_rt.benchmarking.training import Plan, difference, measure, plan_for
-from dagan_rt.benchmarking.training_runs import apart, ended, forms_of, planned
+from dagan_rt.benchmarking.training_runs import apart, forms_of, planned
 from dagan_rt.errors import InputError
 from dagan_rt.training.recipe import Recipe, parse_recipe
 
