@@ -1,8 +1,10 @@
-"""The run's log, one JSON object a line, and the curve drawn from it."""
+"""The run's log, one JSON object a line, what its rows are made of, and the curve drawn from it."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,46 @@ def plot(folder: str | Path) -> Path:
     figure.savefig(temporary, dpi=110)
     temporary.replace(path)
     return path
+
+
+class Tally:
+    """Means of the terms since the last row of the log, a moving mean for the bar, and time spent training."""
+
+    def __init__(self) -> None:
+        self.moving: dict[str, float] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.steps, self.samples, self.left_out, self.seconds, self.waited = 0, 0, 0, 0.0, 0.0
+        self._last: float | None = None
+
+    def add(self, terms: dict[str, float], samples: int, begun: float, waited: float) -> None:
+        """One step's terms; its time runs from the step before, so waiting for data (`waited`) counts."""
+        for name, value in terms.items():
+            self.sums[name] += value
+            self.moving[name] = 0.98 * self.moving.get(name, value) + 0.02 * value
+        now = time.perf_counter()
+        self.seconds += now - (begun if self._last is None else self._last)
+        self.waited += waited
+        self._last = now
+        self.steps += 1
+        self.samples += samples
+
+    def resume_clock(self) -> None:
+        """Time since the last step went into reporting: leave it out."""
+        self._last = time.perf_counter()
+
+    def take(self) -> tuple[dict[str, Any], float]:
+        """(a row of the log: samples a second, the share of time spent waiting for data, mean terms; seconds), anew."""
+        counted = max(1, self.steps - self.left_out)
+        row: dict[str, Any] = {
+            "samples_per_second": round(self.samples / max(self.seconds, 1e-9), 3),
+            "waiting": round(self.waited / max(self.seconds, 1e-9), 4),
+            "terms": {name: value / counted for name, value in self.sums.items()},
+        }
+        if self.left_out:
+            row["left_out"] = self.left_out
+        seconds = self.seconds
+        self._reset()
+        return row, seconds

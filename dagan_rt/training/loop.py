@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,7 +115,7 @@ class Trainer:
         self.bad = 0  # steps in a row that were left out
         self.bad_clips: dict[str, str] = {}  # by name, the reason
         self.score: HeldOutScore | None = None
-        self.tally = Tally()
+        self.tally = journal.Tally()
         self.board = Board(out / "tensorboard", recipe.training.tensorboard and self.world.first)
         self.vgg = self._load_vgg()
         torch.manual_seed(recipe.training.seed)
@@ -454,49 +453,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.progress:
             tqdm.write(text)
-
-
-class Tally:
-    """Means of the terms since the last row of the log, a moving mean for the bar, and time spent training."""
-
-    def __init__(self) -> None:
-        self.moving: dict[str, float] = {}
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.steps, self.samples, self.left_out, self.seconds, self.waited = 0, 0, 0, 0.0, 0.0
-        self._last: float | None = None
-
-    def add(self, terms: dict[str, float], samples: int, begun: float, waited: float) -> None:
-        """One step's terms; its time runs from the step before, so waiting for data (`waited`) counts."""
-        for name, value in terms.items():
-            self.sums[name] += value
-            self.moving[name] = 0.98 * self.moving.get(name, value) + 0.02 * value
-        now = time.perf_counter()
-        self.seconds += now - (begun if self._last is None else self._last)
-        self.waited += waited
-        self._last = now
-        self.steps += 1
-        self.samples += samples
-
-    def resume_clock(self) -> None:
-        """Time since the last step went into reporting: leave it out."""
-        self._last = time.perf_counter()
-
-    def take(self) -> tuple[dict[str, Any], float]:
-        """(a row of the log: samples a second, the share of time spent waiting for data, mean terms; seconds), anew."""
-        counted = max(1, self.steps - self.left_out)
-        row: dict[str, Any] = {
-            "samples_per_second": round(self.samples / max(self.seconds, 1e-9), 3),
-            "waiting": round(self.waited / max(self.seconds, 1e-9), 4),
-            "terms": {name: value / counted for name, value in self.sums.items()},
-        }
-        if self.left_out:
-            row["left_out"] = self.left_out
-        seconds = self.seconds
-        self._reset()
-        return row, seconds
 
 
 def trained_parts(model: Model, pose: nn.Module | None = None) -> dict[str, nn.Module]:
