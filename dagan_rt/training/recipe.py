@@ -201,10 +201,12 @@ class Recipe:
 
     def _check_grid(self, stage: Stage) -> None:
         """The hourglasses of key points and motion halve the shrunk image as often as they have blocks."""
+        if stage.losses.trains_depth_alone:
+            return
         grid = stage.size * stage.motion_scale
         for name in ("keypoint_blocks", "motion_blocks"):
             blocks = getattr(self.network, name)
-            if not stage.losses.trains_depth_alone and (grid < 2**blocks or grid % 2**blocks):
+            if grid < 2**blocks or grid % 2**blocks:
                 raise InputError(
                     f"stage {stage.name!r}: size × motion_scale must be a multiple of {2**blocks} for {name} = "
                     f"{blocks}, got {stage.size} × {stage.motion_scale:g} = {grid:g}"
