@@ -147,13 +147,13 @@ def _onnxruntime(graph: onnx.ModelProto, inputs: Inputs, threads: int) -> Engine
 def _openvino(graph: onnx.ModelProto, inputs: Inputs, threads: int) -> Engine:
     import io
 
-    import openvino
+    from dagan_rt.backends.openvino import core
 
-    network = openvino.Core().read_model(io.BytesIO(graph.SerializeToString()))
+    network = core().read_model(io.BytesIO(graph.SerializeToString()))
     network.reshape({name: value.shape for name, value in inputs.items()})
     # Left to itself it picks bfloat16, which is slower where the processor has no AMX.
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.compile_model(network, "CPU", settings).create_infer_request()
+    request = core().compile_model(network, "CPU", settings).create_infer_request()
     return lambda inputs: [np.array(value) for value in request.infer(inputs).values()]
 
 

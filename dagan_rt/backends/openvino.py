@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import threading
@@ -35,8 +36,7 @@ class OpenVinoBackend(NumpyImages):
     name = "openvino"
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        openvino = import_openvino()
-        self._core = openvino.Core()
+        self._core = core()
         self._settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -75,6 +75,17 @@ class OpenVinoBackend(NumpyImages):
         except RuntimeError as error:  # all that OpenVINO raises
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{graph.file} cannot be loaded by OpenVINO {version()}: {reason}") from None
+
+
+@functools.cache
+def core() -> Any:
+    """The one `openvino.Core` of the process, never given up before the process ends.
+
+    Each that compiles for the CPU lends the thread a stack for signals and takes it back at its end. Of two that end
+    in the order they began, the second gives back the first's, which is gone: the next Ctrl-C is then a segmentation
+    fault.
+    """
+    return import_openvino().Core()
 
 
 def import_openvino() -> Any:

@@ -112,6 +112,25 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     assert "pip install 'dagan-rt[openvino]'" in str(backends.missing("openvino"))
 
 
+def test_ctrl_c_is_safe_after_backends_that_ended_in_the_order_they_began(bundle: Bundle) -> None:
+    """Of two `openvino.Core`s that end so, the first takes the stack away on which the process's signals are handled."""
+    program = f"""
+import signal
+from dagan_rt import backends
+from dagan_rt.bundle import Bundle
+bundle = Bundle.open({str(bundle.path)!r})
+first, second = (backends.open_backend("openvino", bundle, 1) for _ in range(2))
+del first
+del second
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran.stderr
+
+
 def test_nothing_is_reported_to_anybody(bundle: Bundle, tmp_path: Path) -> None:
     """Importing openvino loads what reports to its makers and writes an identifier into the home directory."""
     program = f"""

@@ -31,11 +31,10 @@ def onnxruntime_run(model: onnx.ModelProto, inputs: Inputs) -> np.ndarray:
 def openvino_run(model: onnx.ModelProto, inputs: Inputs) -> np.ndarray:
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("openvino is not installed")
-    from dagan_rt.backends.openvino import import_openvino
+    from dagan_rt.backends.openvino import core
 
-    core = import_openvino().Core()
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(io.BytesIO(model.SerializeToString())), "CPU", settings)
+    compiled = core().compile_model(core().read_model(io.BytesIO(model.SerializeToString())), "CPU", settings)
     return np.array(compiled.create_infer_request().infer(inputs)[0])
 
 
