@@ -21,6 +21,15 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 DATA = Path(__file__).parent / "data"
 
+# Files of few tests that take long: first, so that at the end no process is left alone with one of them.
+LONGEST = (
+    "test_golden_runtime.py", "test_long_runs.py", "test_loop.py", "test_interrupted.py", "test_golden_networks.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @cache
 def _fill() -> ModuleType:

@@ -113,7 +113,7 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
 
 
 def test_ctrl_c_is_safe_after_backends_that_ended_in_the_order_they_began(bundle: Bundle) -> None:
-    """Of two `openvino.Core`s that end so, the first takes the stack away on which the process's signals are handled."""
+    """Of two `openvino.Core`s that end so, the first takes the stack away on which signals are handled."""
     program = f"""
 import signal
 from dagan_rt import backends
