@@ -200,7 +200,7 @@ class FixedDepth(nn.Module):
         self.maps = maps
 
     def scales(self, image: Tensor) -> list[Tensor]:
-        return self.maps
+        return [disparity[: len(image)] for disparity in self.maps]
 
 
 class FixedPose(nn.Module):
@@ -217,7 +217,8 @@ def test_depth_losses_are_put_together_as_written() -> None:
     """Scale by scale and picture by picture in float64, from parts that have twins of their own."""
     size, batch = 16, random_batch(2, 16)
     generator = torch.Generator().manual_seed(5)
-    maps = [torch.rand(2, 1, size // 2**scale, size // 2**scale, generator=generator) for scale in range(4)]
+    # of the two targets, then of what was before them and after them
+    maps = [torch.rand(6, 1, size // 2**scale, size // 2**scale, generator=generator) for scale in range(4)]
     turns = {"before": [[0.1, -0.2, 0.05], [0.0, 0.1, 0.2]], "after": [[-0.1, 0.2, 0.1], [0.1, 0.1, -0.1]]}
     shifts = {"before": [[0.02, 0.01, 0.03], [0.01, 0.0, 0.0]], "after": [[0.0, 0.02, -0.03], [0.02, 0.01, 0.01]]}
 
@@ -228,27 +229,32 @@ def test_depth_losses_are_put_together_as_written() -> None:
         rotation, translation = (torch.tensor(moves["before"] + moves["after"]) for moves in (turns, shifts))
         return Motion(rotation, translation, camera)
 
-    losses = depth_losses(FixedDepth(maps), FixedPose(motion), batch, WEIGHTS)  # type: ignore[arg-type]
-    photometric, rough = [], []
+    weights = replace(WEIGHTS, consistency=3.0)
+    losses = depth_losses(FixedDepth(maps), FixedPose(motion), batch, weights)  # type: ignore[arg-type]
+    photometric, rough, disagreeing = [], [], []
     for scale, disparity in enumerate(maps):
         for item in range(2):
             target = batch["target"][item : item + 1].double()
             own = disparity[item : item + 1].double()
             depth = 1 / (0.1 + 0.9 * F.interpolate(own, (size, size), mode="bilinear"))
             errors = []
-            for name in ("before", "after"):
+            for at, name in enumerate(("before", "after"), start=1):
                 other = batch[name][item : item + 1].double()
                 middle = 1 / 0.55  # depth of disparity 0.5
                 pivot = torch.tensor([[0.0, 0.0, middle]]).double()
                 turn, shift = (torch.tensor([moves[name][item]]).double() for moves in (turns, shifts))
                 camera = Camera(torch.full((1, 2), 1.5).double(), torch.full((1, 2), 0.5).double())
-                drawn = synthesise(other, depth, camera, turn, middle * shift, pivot).image
-                errors += [photometric_error(drawn, target), photometric_error(other, target)]
+                view = synthesise(other, depth, camera, turn, middle * shift, pivot)
+                errors += [photometric_error(view.image, target), photometric_error(other, target)]
+                if scale == 0:
+                    theirs = maps[0][2 * at + item].double()
+                    disagreeing.append(float(consistency(view, theirs[None], errors[-2] < errors[-1])))
             photometric.append(float(torch.cat(errors).amin(0).mean()))
             small = F.avg_pool2d(target, 2**scale)
             rough.append(float(smoothness(own, small)) / 2**scale)
     assert losses["photometric"].item() == pytest.approx(2.0 * np.mean(photometric), abs=2 * TIE)
     assert losses["smoothness"].item() == pytest.approx(0.5 * np.mean(rough), rel=1e-5)
+    assert losses["consistency"].item() == pytest.approx(3.0 * np.mean(disagreeing), rel=1e-4)
 
 
 def test_convexity_pulls_every_scale_to_a_bulge_in_the_middle() -> None:
