@@ -109,8 +109,14 @@ class Hostile:
     def witness(self) -> None:
         """One frame of a sequence that nobody else has any business with; it began long ago, unless it was idle."""
         assert self.server.intact
-        if self.place == len(self.expected) or time.monotonic() - self.seen > 0.8 * IDLE:
-            status, answer = self.ask(self.WITNESS, [raw("source", PICTURES[:1])], start=True, restart=True)
+        idle = time.monotonic() - self.seen > 0.8 * IDLE
+        if self.place == len(self.expected) or idle:
+            begin = self.request(self.WITNESS, [raw("source", PICTURES[:1])], start=True, restart=True)
+            status, answer = self.send(begin)
+            patience = time.monotonic() + PATIENCE
+            while idle and status == "UNAVAILABLE" and time.monotonic() < patience:  # others took its place meanwhile
+                time.sleep(0.1)
+                status, answer = self.send(begin)
             assert status == "OK", answer
             self.place = 0
         status, answer = self.ask(self.WITNESS, [raw("frame", PICTURES[4 + self.place][None])], wanted=["image"])
