@@ -135,6 +135,16 @@ def center_square(image: np.ndarray, size: int) -> np.ndarray:
     return np.array(resized)
 
 
+def at_most(image: np.ndarray, longest: int) -> np.ndarray:
+    """An HWC uint8 RGB image, shrunk (Lanczos) where a side has more than `longest` pixels, in its shape."""
+    check_picture(image, "image")
+    height, width, _ = image.shape
+    if max(height, width) <= longest:
+        return image
+    size = (max(round(width * longest / max(height, width)), 1), max(round(height * longest / max(height, width)), 1))
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0))
+
+
 def check_picture(image: np.ndarray, what: str) -> None:
     """Raise `InputError` unless `image` is a non-empty uint8 [H, W, 3] array."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

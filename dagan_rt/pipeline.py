@@ -9,17 +9,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
 
     from dagan_rt.frames import Pending
-    from dagan_rt.reenactor import Reenactor
     from dagan_rt.video import Frame
 
 ROOM = 3  # items that wait between two parts: enough to even out a slow key frame, few enough to hold
 Item = TypeVar("Item")
+
+
+class Driven(Protocol):
+    """What frames are submitted to: a `Reenactor`, or several of them."""
+
+    @property
+    def frames(self) -> Any:
+        """Of which `ahead` is how many submitted frames may be under way."""
+
+    def submit(self, frame: np.ndarray) -> Pending:
+        """Enqueue a frame; the `result()` of what comes back is [1, ...]."""
 
 
 class Summary(NamedTuple):
@@ -38,7 +48,7 @@ class Summary(NamedTuple):
 
 def run(
     frames: Iterable[Frame],
-    reenactor: Reenactor,
+    reenactor: Driven,
     write: Callable[[Frame, np.ndarray], Any],
     stop: threading.Event | None = None,
 ) -> Summary:
@@ -47,7 +57,7 @@ def run(
     frames: `Frame`s whose images `reenactor` takes; read in a second thread.
     reenactor: with its source set. The calling thread submits to it, up to `frames.ahead` before it takes the first
         result; a CPU engine computes within `submit`, so there the calling thread is the worker.
-    write: called in a third thread with a frame and its result, uint8 [H, W, 3].
+    write: called in a third thread with a frame and its result: uint8 [H, W, 3] of a `Reenactor`.
     stop: once set, no more frames are submitted.
 
     At most `ROOM` frames wait in front of the model, and `ROOM` results behind it besides those under way.
@@ -116,7 +126,7 @@ def _read(items: Iterable[Item], channel: Channel[Item]) -> float:
 
 
 def _drive(
-    reenactor: Reenactor, decoded: Channel[Frame], driven: Channel[tuple[Frame, np.ndarray]], stop: threading.Event
+    reenactor: Driven, decoded: Channel[Frame], driven: Channel[tuple[Frame, np.ndarray]], stop: threading.Event
 ) -> array[float]:
     """Submit the frames and hand on their results; the seconds that each took."""
     seconds, finished = array("d"), 0.0

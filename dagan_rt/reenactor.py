@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,15 @@ class Reenactor:
         check_motion(motion, adapt_scale)
         self._relative, self._adapt_scale = motion == "relative", adapt_scale
         opening = _open_remote if is_address(bundle) else _open_here
-        self._frames, self._backend_name, self._reason = opening(bundle, backend, threads)
+        self._frames, self._more, self._backend_name, self._reason = opening(bundle, backend, threads)
         self._has_source = self._begun = False
         self._last: Pending | None = None
+
+    def another(self) -> Reenactor:
+        """A further session of the same bundle on the same backend, with a source of its own; close it as well."""
+        twin = copy.copy(self)
+        twin._frames, twin._has_source, twin._begun, twin._last = self._more(), False, False, None
+        return twin
 
     @property
     def size(self) -> int:
@@ -176,20 +185,22 @@ def open_loaded(
 
 def _open_here(
     bundle: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
-) -> tuple[Frames, str, str]:
-    """The frames of a bundle in a backend, its name, and why this one."""
+) -> tuple[Frames, Callable[[], Frames], str, str]:
+    """The frames of a bundle in a backend, what makes more of them, the backend's name, and why this one."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     loaded, reason = open_loaded(opened, backend, threads)
-    return open_frames(loaded, opened), loaded.name, reason
+    more = partial(open_frames, loaded, opened)
+    return more(), more, loaded.name, reason
 
 
 def _open_remote(
     url: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
-) -> tuple[Frames, str, str]:
+) -> tuple[Frames, Callable[[], Frames], str, str]:
     """The same of a server."""
     from dagan_rt.serving.remote import RemoteFrames
 
     if backend not in ("auto", RemoteFrames.name) or threads is not None:
         raise InputError(f"the server at {url} has a backend and threads of its own: leave out backend and threads")
-    frames = RemoteFrames(str(url))
-    return frames, frames.name, frames.reason
+    more = partial(RemoteFrames, str(url))
+    frames = more()
+    return frames, more, frames.name, frames.reason

@@ -7,20 +7,25 @@ import pkgutil
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagan_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import numpy as np
 
+    from dagan_rt.cropping import Square
+    from dagan_rt.faces import FaceDetector
     from dagan_rt.pipeline import Summary
     from dagan_rt.reenactor import Reenactor
     from dagan_rt.video import Frame, VideoReader, VideoWriter
+
+
+LONGEST_PICTURE = 1920  # pixels a side of a video with whole portraits; more is slow to encode and seldom plays
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,8 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "animate",
         allow_abbrev=False,
         help="animate a portrait with the motion of a video",
-        description="Animate a portrait with the motion of a video. Portrait and video are cropped to their centred "
-        "square; the sound of the video is kept.",
+        description="Animate a portrait with the motion of a video. The sound of the video is kept.",
     )
     parser.add_argument(
         "--bundle",
@@ -51,6 +55,32 @@ def add_parser(subparsers: Any) -> None:
         "--find-best-frame",
         action="store_true",
         help="measure motion from the driving frame whose pose is nearest to the portrait's (reads the video twice)",
+    )
+    parser.add_argument(
+        "--crop",
+        choices=("center", "auto"),
+        default="center",
+        help="the square of portrait and video that the model sees: center (default) is the largest centred one; auto "
+        "finds the face, with the margin that models are trained with, and follows it through the video",
+    )
+    parser.add_argument(
+        "--face",
+        default="largest",
+        metavar="WHICH",
+        help="with --crop auto, which face of the portrait: largest (default), a number from the left, or all (with "
+        "--paste-back)",
+    )
+    parser.add_argument(
+        "--detector",
+        default="centerface",
+        metavar="NAME",
+        help="centerface (default; the extra faces), or an .onnx file of a detector (see dagan_rt.faces)",
+    )
+    parser.add_argument(
+        "--paste-back",
+        action="store_true",
+        help=f"put the result back into the whole portrait (at most {LONGEST_PICTURE} pixels a side), its border "
+        "blended and its colours matched",
     )
     parser.add_argument("--side-by-side", action="store_true", help="show portrait, driving frame and result in a row")
     parser.add_argument(
@@ -76,24 +106,27 @@ def _backends() -> list[str]:
 def run(arguments: argparse.Namespace) -> int:
     """Check every input, then write the clip; returns 0, or 130 when Ctrl-C cut it short."""
     from dagan_rt.files import check_output
-    from dagan_rt.images import center_square, read_image
     from dagan_rt.video import WRITABLE, VideoReader
 
     _check_options(arguments)
     check_output(arguments.out, WRITABLE, inputs=[arguments.source, arguments.driving])
-    portrait = read_image(arguments.source)
-    with VideoReader(arguments.driving) as reader, _reenactor(arguments) as reenactor:
-        source = center_square(portrait, reenactor.size)
-        reenactor.set_source(source)
+    detector = _detector(arguments)
+    portrait = _portrait(arguments, detector)
+    with VideoReader(arguments.driving) as reader, _reenactor(arguments) as first, ExitStack() as stack:
+        reenactors = [first, *(stack.enter_context(first.another()) for _ in portrait.squares[1:])]
+        sources = [square.cut(portrait.picture, first.size) for square in portrait.squares]
+        for reenactor, source in zip(reenactors, sources, strict=True):
+            reenactor.set_source(source)
         with stop_on_interrupt() as interrupted:
+            clip = _Clip(arguments.driving, first.size, detector, interrupted)
             if arguments.find_best_frame:
-                initial = find_best_frame(reenactor, source, arguments.driving, interrupted)
-                if initial is not None:
-                    reenactor.reset()
-                    reenactor.drive(initial)
-            summary = None if interrupted.is_set() else _animate(arguments, reenactor, source, reader, interrupted)
+                for reenactor, source in zip(reenactors, sources, strict=True):
+                    clip.begin_at_best(reenactor, source)
+            summary = None
+            if not interrupted.is_set():
+                summary = _animate(arguments, reenactors, portrait, clip, reader)
         if summary is not None and summary.model:
-            _report(arguments, reenactor, reader, summary)
+            _report(arguments, first, reader, summary)
     if not interrupted.is_set():
         return 0
     left = "the result ends here" if summary is not None and summary.model else "nothing was written"
@@ -106,6 +139,14 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise InputError(f"--crf must be between 0 and 51, got {arguments.crf}")
     if arguments.threads is not None and arguments.threads < 1:
         raise InputError(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.face not in ("largest", "all") and not (arguments.face.isdecimal() and int(arguments.face) > 0):
+        raise InputError(f"--face must be largest, all, or a number from 1, got {arguments.face!r}")
+    if arguments.face != "largest" and arguments.crop != "auto":
+        raise InputError(f"--face {arguments.face} needs --crop auto, which finds faces")
+    if arguments.face == "all" and not arguments.paste_back:
+        raise InputError("--face all needs --paste-back, which shows all of them in one picture")
+    if arguments.paste_back and arguments.side_by_side:
+        raise InputError("--paste-back shows the whole portrait, --side-by-side squares: give one of the two")
     for option in ("adapt_scale", "find_best_frame"):
         if arguments.absolute and getattr(arguments, option):
             raise InputError(
@@ -125,6 +166,94 @@ def _reenactor(arguments: argparse.Namespace) -> Reenactor:
         adapt_scale=arguments.adapt_scale,
         **options,
     )
+
+
+class _Portrait(NamedTuple):
+    picture: np.ndarray  # uint8 [H, W, 3]
+    squares: list[Square]  # of the faces to animate
+
+
+def _detector(arguments: argparse.Namespace) -> FaceDetector | None:
+    if arguments.crop != "auto":
+        return None
+    from dagan_rt.faces import load_detector
+
+    return load_detector(arguments.detector, **({} if arguments.threads is None else {"threads": arguments.threads}))
+
+
+def _portrait(arguments: argparse.Namespace, detector: FaceDetector | None) -> _Portrait:
+    """The source picture, as large as it is shown, and the squares of it that are animated."""
+    from dagan_rt.cropping import around, center, choose
+    from dagan_rt.images import at_most, read_image
+
+    picture = read_image(arguments.source)
+    if arguments.paste_back:
+        picture = at_most(picture, LONGEST_PICTURE)
+    height, width, _ = picture.shape
+    if detector is None:
+        return _Portrait(picture, [center(width, height)])
+    faces = choose(detector(picture), arguments.face, str(arguments.source))
+    return _Portrait(picture, [around(face.box, width, height).whole() for face in faces])
+
+
+class _Clip:
+    """The driving clip as the model takes it: squares of the model's size."""
+
+    def __init__(self, path: Path, size: int, detector: FaceDetector | None, interrupted: threading.Event) -> None:
+        self.path, self.size, self.interrupted = path, size, interrupted
+        self._detector, self._first = detector, None
+        if detector is not None:
+            self._first = self._first_face(detector)
+
+    def squares(self, reader: VideoReader) -> Iterator[Frame]:
+        """The frames of a reader of this clip."""
+        from dagan_rt.cropping import follow
+        from dagan_rt.images import center_square
+
+        if self._detector is None or self._first is None:
+            for frame in reader.timed():
+                yield frame._replace(image=center_square(frame.image, self.size))
+            return
+        for frame, square in follow(reader.timed(), self._detector, self._first):
+            yield frame._replace(image=square.cut(frame.image, self.size))
+
+    def begin_at_best(self, reenactor: Reenactor, source: np.ndarray) -> None:
+        """Make the frame whose face is posed most like the source's the initial one."""
+        from dagan_rt.best_frame import find_best_frame
+        from dagan_rt.pipeline import read_ahead
+
+        with self._reading("finding the best frame") as (reader, watched), read_ahead(self.squares(reader)) as frames:
+            initial = find_best_frame(reenactor, source, (frame.image for frame in watched(frames)))
+        if initial is not None:
+            reenactor.reset()
+            reenactor.drive(initial)
+
+    def _first_face(self, detector: FaceDetector) -> np.ndarray | None:
+        from dagan_rt.cropping import first_face
+
+        with self._reading("looking for a face") as (reader, watched):
+            try:
+                return first_face(watched(reader), detector, str(self.path))
+            except InputError:
+                if self.interrupted.is_set():
+                    return None
+                raise
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[tuple[VideoReader, Callable[[Iterable[Any]], Iterator[Any]]]]:
+        """Another pass: a reader, and what lets its frames through, with a progress bar, until an interrupt."""
+        from dagan_rt.video import VideoReader
+
+        with VideoReader(self.path) as reader, _progress(reader, what) as bar:
+
+            def watched(frames: Iterable[Any]) -> Iterator[Any]:
+                for frame in frames:
+                    if self.interrupted.is_set():
+                        return
+                    yield frame
+                    bar.update()
+
+            yield reader, watched
 
 
 @contextmanager
@@ -151,90 +280,37 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def find_best_frame(
-    reenactor: Reenactor, source: np.ndarray, driving: Path, interrupted: threading.Event
-) -> np.ndarray | None:
-    """The driving frame, cropped to the model's size, whose face is posed most like the source's.
-
-    Distance is the squared distance of the key points once both faces are centred and scaled to hull area 1. The
-    clip is read through once and one frame is kept. None if no frame has key points that span an area.
-    """
-    from dagan_rt.pipeline import read_ahead
-    from dagan_rt.video import VideoReader
-
-    wanted = _normalised(reenactor.keypoints(source).value)
-    best, best_distance = None, float("inf")
-    if wanted is None:
-        return None
-    with (
-        VideoReader(driving) as reader,
-        _progress(reader, "finding the best frame") as bar,
-        read_ahead(_cropped(reader, reenactor.size)) as frames,
-    ):
-        for frame in frames:
-            if interrupted.is_set():
-                break
-            shape = _normalised(reenactor.keypoints(frame.image).value)
-            distance = float("inf") if shape is None else float(((shape - wanted) ** 2).sum())
-            if distance < best_distance:
-                best, best_distance = frame.image, distance
-            bar.update()
-    return best
-
-
-def _cropped(reader: VideoReader, size: int) -> Iterator[Frame]:
-    """The frames of a clip as the model takes them."""
-    from dagan_rt.images import center_square
-
-    for frame in reader.timed():
-        yield frame._replace(image=center_square(frame.image, size))
-
-
-def _normalised(points: np.ndarray) -> np.ndarray | None:
-    """Key points [1, K, 2] as [K, 2] around their mean with hull area 1; None if they span no area."""
-    import numpy as np
-
-    from dagan_rt.transfer import hull_area
-
-    face = np.asarray(points, np.float64).reshape(-1, 2)
-    area = hull_area(face)
-    if not area > 1e-12:
-        return None
-    return (face - face.mean(axis=0)) / np.sqrt(area)
-
-
 def _animate(
     arguments: argparse.Namespace,
-    reenactor: Reenactor,
-    source: np.ndarray,
+    reenactors: Sequence[Reenactor],
+    portrait: _Portrait,
+    clip: _Clip,
     reader: VideoReader,
-    interrupted: threading.Event,
 ) -> Summary:
     """Write the result; what was done before an error is kept."""
-    import numpy as np
-
     from dagan_rt import pipeline
+    from dagan_rt.ensemble import Ensemble
     from dagan_rt.video import VideoWriter
 
-    size = reenactor.size
+    shown, width, height = _shown(arguments, portrait, clip.size)
     writer = VideoWriter(
         arguments.out,
         reader.fps,
-        3 * size if arguments.side_by_side else size,
-        size,
+        width,
+        height,
         audio_from=arguments.driving if reader.has_audio else None,
         crf=arguments.crf,
         time_base=reader.time_base,
     )
+    driven = reenactors[0] if len(reenactors) == 1 else Ensemble(reenactors)
     with writer, _progress(reader, "animating") as bar:
 
         def write(frame: Frame, result: np.ndarray) -> None:
-            shown = np.concatenate([source, frame.image, result], axis=1) if arguments.side_by_side else result
-            writer.write(shown, frame.time, frame.duration)
+            writer.write(shown(frame.image, result), frame.time, frame.duration)
             bar.update()
 
         try:
-            return pipeline.run(_cropped(reader, size), reenactor, write, interrupted)
+            return pipeline.run(clip.squares(reader), driven, write, clip.interrupted)
         except Exception as error:
             kept = _keep(writer)
             # Out of memory, a device lost, whatever an engine refuses: no bugs, and tracebacks would say no more.
@@ -243,6 +319,31 @@ def _animate(
             if kept:
                 print(kept, file=sys.stderr)
             raise
+
+
+def _shown(
+    arguments: argparse.Namespace, portrait: _Portrait, size: int
+) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int, int]:
+    """What is shown of a driving frame and its result, or results [N, size, size, 3]; and its width and height."""
+    import numpy as np
+
+    from dagan_rt.pasting import Canvas
+
+    if arguments.side_by_side:
+        source = portrait.squares[0].cut(portrait.picture, size)
+        return lambda frame, result: np.concatenate([source, frame, result], axis=1), 3 * size, size
+    if not arguments.paste_back:
+        return lambda frame, result: result, size, size
+    height, width = (side // 2 * 2 for side in portrait.picture.shape[:2])  # H.264 takes even ones
+    canvases = [Canvas(portrait.picture, square) for square in portrait.squares]
+
+    def pasted(frame: np.ndarray, results: np.ndarray) -> np.ndarray:
+        whole = portrait.picture.copy()
+        for canvas, result in zip(canvases, results if results.ndim == 4 else results[None], strict=True):
+            canvas.paste(result, whole)
+        return whole[:height, :width]
+
+    return pasted, width, height
 
 
 def _keep(writer: VideoWriter) -> str:

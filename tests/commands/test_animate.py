@@ -19,6 +19,7 @@ from PIL import Image
 
 from dagan_rt.cli import main
 from dagan_rt.errors import DeviceLost, InputError
+from dagan_rt.faces import Face
 from dagan_rt.files import AtomicFile
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.transfer import hull_area
@@ -61,6 +62,9 @@ class StandIn:
             StandIn.during(len(self.driven))
         self.driven.append(level(frame))
         return SimpleNamespace(result=lambda: 255 - frame[None])
+
+    def another(self) -> StandIn:
+        return StandIn(**self.options)
 
     def __enter__(self) -> StandIn:
         return self
@@ -462,6 +466,128 @@ def test_ctrl_c_from_a_terminal(files: dict[str, Path], times: int) -> None:
     assert [entry.name for entry in files["out"].parent.iterdir()] == ["out.mp4"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Faces
+
+
+def blobs(image: np.ndarray) -> list[Face]:
+    """Plays the detector: a face is a bright square on black, as bright as it is sure."""
+    found = []
+    for level in np.unique(image[::2, ::2, 1] // 32 * 32)[::-1]:
+        rows, columns = np.nonzero((image[..., 1] // 32 * 32 == level) & (level >= 64))
+        if len(rows) > 100:
+            box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
+            found.append(Face(box, float(level) / 256))
+    return found
+
+
+@pytest.fixture
+def detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagan_rt.faces.load_detector", lambda *_, **__: blobs)
+
+
+def with_faces(places: dict[int, tuple[int, int]], side: int = 20, size: tuple[int, int] = (120, 200)) -> np.ndarray:
+    """A black picture with faces of these levels, left upper corners (x, y)."""
+    picture = np.zeros((*size, 3), np.uint8)
+    for level, (x, y) in places.items():
+        picture[y : y + side, x : x + side] = level
+    return picture
+
+
+def walking(path: Path, count: int = 12) -> Path:
+    return write_clip(path, [with_faces({200: (20 + 4 * number, 50)}, 40) for number in range(count)], audio=True)
+
+
+def test_the_square_follows_the_face(files: dict[str, Path], detected: None) -> None:
+    Image.fromarray(with_faces({150: (150, 70)})).save(files["source"])
+    walking(files["driving"])
+    assert animate(files, "--crop", "auto") == 0
+    (model,) = StandIn.made
+    # A face of side s in a square of side 1.8 s: its share of the square's pixels, whatever place it walked to.
+    expected = np.zeros((SIZE, SIZE), bool)
+    inner = slice(round(SIZE * 0.4 / 1.8), round(SIZE * 1.4 / 1.8))
+    expected[inner, inner] = True
+    assert ((model.source[..., 1] > 75) == expected).mean() > 0.95
+    assert len(model.driven) == 12 and np.ptp(model.driven) < 12  # as much of the face in each
+
+
+def test_a_result_is_put_back_where_it_came_from(files: dict[str, Path], detected: None) -> None:
+    picture = with_faces({150: (150, 70)}, size=(121, 201))  # odd sides
+    Image.fromarray(picture).save(files["source"])
+    walking(files["driving"])
+    assert animate(files, "--crop", "auto", "--paste-back", "--crf", "0") == 0
+    with av.open(str(files["out"])) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.audio
+    assert len(shown) == 12 and shown[0].shape == (120, 200, 3)
+    changed = np.abs(shown[5].astype(int) - picture[:120, :200]).max(2) > 8
+    rows, columns = np.nonzero(changed)
+    assert changed.any() and rows.min() >= 61 and rows.max() <= 98 and columns.min() >= 141 and columns.max() <= 178
+
+
+def test_one_of_several_faces_or_all_of_them(files: dict[str, Path], detected: None) -> None:
+    Image.fromarray(with_faces({100: (20, 20), 220: (90, 60), 160: (160, 30)})).save(files["source"])
+    walking(files["driving"])
+    for which, levels in (("1", [100]), ("3", [160]), ("largest", [100])):
+        StandIn.made.clear()
+        assert animate(files, "--crop", "auto", "--face", which) == 0
+        assert [int(np.median(model.source[12:20, 12:20])) for model in StandIn.made] == levels
+    StandIn.made.clear()
+    assert animate(files, "--crop", "auto", "--face", "all", "--paste-back") == 0
+    assert [int(np.median(model.source[12:20, 12:20])) for model in StandIn.made] == [100, 220, 160]
+    assert all(len(model.driven) == 12 and model.closed for model in StandIn.made)
+
+
+def test_the_best_frame_is_found_in_the_followed_square(files: dict[str, Path], detected: None) -> None:
+    Image.fromarray(with_faces({150: (150, 70)})).save(files["source"])
+    walking(files["driving"])
+    assert animate(files, "--crop", "auto", "--find-best-frame") == 0
+    (model,) = StandIn.made
+    assert len(model.driven) == 13 and model.driven[0] in model.driven[1:]
+
+
+def test_a_large_portrait_is_shrunk_to_be_pasted_into(files: dict[str, Path]) -> None:
+    Image.fromarray(np.full((1000, 2400, 3), 90, np.uint8)).save(files["source"])
+    assert animate(files, "--paste-back") == 0
+    with av.open(str(files["out"])) as container:
+        assert (container.streams.video[0].width, container.streams.video[0].height) == (1920, 800)
+
+
+def test_no_face_is_one_sentence(files: dict[str, Path], detected: None, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Image.open(files["source"]).copy()
+    Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(files["source"])
+    assert animate(files, "--crop", "auto") == 2
+    assert f"no face was found in {files['source']}" in capsys.readouterr().err
+    source.save(files["source"])
+    write_clip(files["driving"], [np.zeros((48, 64, 3), np.uint8)] * 8)
+    assert animate(files, "--crop", "auto") == 2
+    assert f"no face was found in {files['driving']}" in capsys.readouterr().err
+    assert list(files["out"].parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--face", "2"), "--face 2 needs --crop auto"),
+        (("--face", "0", "--crop", "auto"), "--face must be largest, all, or a number from 1, got '0'"),
+        (("--face", "left", "--crop", "auto"), "--face must be largest, all, or a number from 1, got 'left'"),
+        (("--face", "all", "--crop", "auto"), "--face all needs --paste-back"),
+        (("--paste-back", "--side-by-side"), "give one of the two"),
+        (("--crop", "auto", "--detector", "no.onnx"), "no.onnx cannot be read"),
+    ],
+)
+def test_options_about_faces_that_contradict(
+    files: dict[str, Path], options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert animate(files, *options) == 2
+    assert message in capsys.readouterr().err
+    assert list(files["out"].parent.iterdir()) == [] and StandIn.made == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model
+
+
 @pytest.mark.parametrize(
     "options", [(), ("--absolute",), ("--adapt-scale",), ("--find-best-frame",), ("--side-by-side",)]
 )
@@ -519,5 +645,5 @@ def test_the_help_names_every_backend(capsys: pytest.CaptureFixture[str]) -> Non
 
     with pytest.raises(SystemExit):
         main(["animate", "--help"])
-    named = re.search(r"--backend NAME\s+auto \([^)]*\), (.*?)\s+--threads", capsys.readouterr().out, re.DOTALL)
+    named = re.search(r"--backend NAME\s+auto \([^)]*\),\s+(.*?)\s+--threads", capsys.readouterr().out, re.DOTALL)
     assert named and sorted(re.sub(r"-\s+", "-", named[1]).replace(",", " ").split()) == sorted(backends.names())
