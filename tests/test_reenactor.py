@@ -273,3 +273,22 @@ def test_driving_before_a_source_says_what_to_do(bundle: Bundle) -> None:
 def test_wrong_options_are_refused(bundle: Bundle, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Reenactor(bundle, **options)
+
+
+def test_another_session_has_a_source_of_its_own_on_the_same_backend(bundle: Bundle) -> None:
+    backend = Arithmetic()
+    first = Reenactor(bundle, backend)
+    first.set_source(picture(100))
+    first.drive(picture(50))
+    second = first.another()
+    with pytest.raises(InputError, match="drive needs a source"):
+        second.drive(picture(60))
+    second.set_source(picture(200))
+    assert [int(one.drive(picture(level)).max()) for one, level in ((second, 30), (first, 60), (second, 40))] == [
+        200,
+        110,
+        210,
+    ]
+    second.close()
+    assert int(first.drive(picture(70)).max()) == 120
+    assert second.backend_name == first.backend_name == "arithmetic"
