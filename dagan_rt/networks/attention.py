@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 
-def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(QᵀK) over key positions, without a 1/√d scale, times V.
+def attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(QᵀK) over key positions, without a 1/√d scale: `query` [B, D, M], `key` [B, D, N] -> [B, M, N]."""
+    return torch.softmax(torch.matmul(query.transpose(1, 2), key), dim=-1)
 
-    `query`, `key` [B, D, N], `value` [B, C, N] -> [B, C, N].
-    """
-    weights = torch.softmax(torch.matmul(query.transpose(1, 2), key), dim=-1)  # [B, N query, N key]
-    return torch.matmul(value, weights.transpose(1, 2))
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The attention's weights times V: `query` [B, D, M], `key` [B, D, N], `value` [B, C, N] -> [B, C, M]."""
+    return torch.matmul(value, attention_weights(query, key).transpose(1, 2))
 
 
 class CrossModalAttention(nn.Module):
@@ -33,9 +34,13 @@ class CrossModalAttention(nn.Module):
         """Queries of the depth feature (or of the warped feature itself): [B, C, h, w] -> [B, D, h, w]."""
         return torch.relu(self.query_conv(feature))
 
+    def key(self, warped: Tensor) -> Tensor:
+        """What the warped feature answers queries with: [B, C, h, w] -> [B, D, h, w]."""
+        return torch.relu(self.key_conv(warped))
+
     def forward(self, query: Tensor, warped: Tensor) -> Tensor:
         """`query` [B, D, h, w], `warped` [B, C, h, w] -> [B, C, h, w]."""
-        key = torch.relu(self.key_conv(warped))
+        key = self.key(warped)
         value = torch.relu(self.value_conv(warped))
         attended = self.attend(query.flatten(2), key.flatten(2), value.flatten(2))
         return self.gamma * attended.reshape(warped.shape) + warped

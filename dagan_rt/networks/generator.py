@@ -108,11 +108,17 @@ class Generator(nn.Module):
 
         `depth` [B, 1, H, W] of the image is needed where the variant's attention is depth-aware.
         """
-        H, W = image.shape[2:]
         motion = self.dense_motion_network(self.thumbnail(image), source, driving)
-        warped = self.warp(self.encode_image(image), motion.flow, motion.occlusion)
+        feature = self.encode_image(image)
         depth_aware = self.config.parts.attention == "depth"
-        attended = self.attend(warped, self.query(depth) if depth_aware and depth is not None else None)
+        query = self.query(depth) if depth_aware and depth is not None else None
+        return self.render(image, feature, query, motion)
+
+    def render(self, image: Tensor, feature: Tensor, query: Tensor | None, motion: Motion) -> Generated:
+        """A frame of the source `image` [B, 3, H, W], whose feature and query (`attend` says who has one) are known."""
+        H, W = image.shape[2:]
+        warped = self.warp(feature, motion.flow, motion.occlusion)
+        attended = self.attend(warped, query)
         deformed = sample(image, resize_flow(motion.flow, H, W))
         prediction = self.decode(attended, deformed * resize_map(motion.occlusion, H, W))
         return Generated(prediction, motion, warped, attended, deformed)
