@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dagan_rt.errors import InputError
+from dagan_rt.inspection import trace
+from dagan_rt.networks.attention import attention_weights
 from dagan_rt.networks.model import Model
 
 FINE = 8
@@ -37,20 +38,14 @@ def attention_of(model: Model, source: Tensor, driving: Tensor) -> Attention:
 
     The model should be in evaluation mode; no gradient is kept. InputError for a variant without attention.
     """
-    generator, parts = model.generator, model.config.parts
-    if parts.attention is None:
+    if model.config.parts.attention is None:
         raise InputError(f"{model.config.variant} has no attention to look at")
-    with torch.no_grad():
-        depth = model.depth(source) if model.depth is not None else None
-        points = [model.find_keypoints(source, depth), model.find_keypoints(driving)]
-        generated = generator(source, *points, depth)
-        module, warped = generator.AttnModule, generated.warped_feature
-        query = module.query(warped) if depth is None or parts.attention == "self" else generator.query(depth)
-        key = torch.relu(module.key_conv(warped))
-        weights = torch.softmax(query.flatten(2).transpose(1, 2) @ key.flatten(2), dim=-1)
-        height, width = warped.shape[2:]
-        shaped = weights.reshape(-1, height, width, height, width)
-        return Attention(shaped, warped, generated.attended_feature, generated.prediction)
+    found = trace(model, source, driving)
+    assert found.query is not None and found.key is not None
+    B, _, h, w = found.key.shape
+    weights = attention_weights(found.query.flatten(2), found.key.flatten(2)).reshape(B, h, w, h, w)
+    generated = found.generated
+    return Attention(weights, generated.warped_feature, generated.attended_feature, generated.prediction)
 
 
 def face_cover(landmarks: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dagan_rt import checkpoints
 from dagan_rt.errors import InputError
 from dagan_rt.evaluation import Evaluation, Extractor, RepeatSource, TorchReenactment, evaluate, sample_sets
 from dagan_rt.evaluation.comparison.plan import digest
 from dagan_rt.evaluation.sets import MODES, ImageSet
+from dagan_rt.inspection import planes
 from dagan_rt.networks.model import Model
 from dagan_rt.tables import read_text
 from dagan_rt.training import journal
@@ -158,13 +157,6 @@ def once(path: Path, settings: Mapping[str, Any], compute: Callable[[], dict[str
     partial.write_text(json.dumps(values) + "\n", encoding="utf-8")
     partial.replace(path)
     return values
-
-
-def planes(image: np.ndarray) -> Any:
-    """uint8 [H, W, 3] -> float32 [1, 3, H, W] in [0, 1]."""
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float() / 255
 
 
 def _finished(recipe: Recipe, folder: Path) -> bool:
