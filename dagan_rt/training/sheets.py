@@ -10,8 +10,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dagan_rt.images import write_image
 
+STRONGEST = 12.0
+"""Weight at which the colours of attention end, in multiples of looking everywhere alike: the same on every map."""
+
 _PAPER = (250, 250, 248)
 _INK = (40, 40, 40)
+_PALE = (105, 105, 105)
+# Black over purple and orange to pale yellow, ever brighter: matplotlib's inferno at nine places (CC0).
+_HEAT = np.array(
+    [(0, 0, 4), (33, 12, 74), (87, 16, 110), (138, 34, 106), (188, 55, 84), (228, 90, 49), (249, 142, 9),
+     (249, 203, 53), (252, 255, 164)], np.float64
+)  # fmt: skip
 
 
 def contact_sheet(
@@ -20,22 +29,28 @@ def contact_sheet(
     column_labels: Sequence[str] = (),
     cell: int = 0,
     gap: int = 4,
+    captions: Sequence[Sequence[str]] = (),
 ) -> np.ndarray:
     """Lay out images (uint8 [H, W, 3], or [H, W] for gray) in rows; returns uint8 [H, W, 3].
 
     Every image is scaled to `cell` pixels wide (0: the widest of them), keeping its shape. Labels are drawn to the
-    left of rows and above columns. Raises ValueError when there is no image or an image has another dtype or shape.
+    left of rows and above columns, captions below images, in rows as they: the first line of one is its title, the
+    text after it is broken into lines where the image ends. Raises ValueError when there is no image or an image has
+    another dtype or shape.
     """
     if not rows or not any(len(row) for row in rows):
         raise ValueError("a contact sheet needs at least one image, got none")
     width = cell or max(_checked(image).shape[1] for row in rows for image in row)
     scaled = [[_scaled(_checked(image), width) for image in row] for row in rows]
+    texts = [_captions(captions[number] if number < len(captions) else (), width) for number in range(len(rows))]
     heights = [max(image.height for image in row) if row else 0 for row in scaled]
+    below = [max((text.height + gap for text in row), default=0) for row in texts]
     font = _font(max(10, min(20, width // 8)))
     left = gap + (max(int(font.getlength(label)) for label in row_labels) + 2 * gap if row_labels else 0)
     top = gap + (_line_height(font) + gap if column_labels else 0)
     columns = max(len(row) for row in scaled)
-    sheet = Image.new("RGB", (left + columns * (width + gap), top + sum(heights) + gap * len(heights)), _PAPER)
+    tall = top + sum(heights) + sum(below) + gap * len(heights)
+    sheet = Image.new("RGB", (left + columns * (width + gap), tall), _PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, label in enumerate(column_labels):
         pen.text((left + column * (width + gap), gap), label, fill=_INK, font=font)
@@ -45,8 +60,38 @@ def contact_sheet(
             pen.text((gap, y + (height - _line_height(font)) // 2), row_labels[number], fill=_INK, font=font)
         for column, image in enumerate(row):
             sheet.paste(image, (left + column * (width + gap), y))
-        y += height + gap
+        for column, text in enumerate(texts[number]):
+            sheet.paste(text, (left + column * (width + gap), y + height + gap))
+        y += height + below[number] + gap
     return np.asarray(sheet)
+
+
+def _captions(captions: Sequence[str], width: int) -> list[Image.Image]:
+    """Each as a picture of this width, as tall as it takes."""
+    font = _font(max(10, min(14, width // 16)))
+    step = _line_height(font) + 2
+    drawn = []
+    for caption in captions:
+        title, *body = caption.split("\n")
+        lines = [(title, _INK), *((line, _PALE) for text in body for line in _broken(text, font, width))]
+        picture = Image.new("RGB", (width, step * len(lines)), _PAPER)
+        pen = ImageDraw.Draw(picture)
+        for number, (line, ink) in enumerate(lines):
+            pen.text((0, step * number), line, fill=ink, font=font)
+        drawn.append(picture)
+    return drawn
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines that are at most `width` pixels long; a single word that is longer stays whole."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def draw_points(image: np.ndarray, points: np.ndarray, scale: int = 1) -> np.ndarray:
@@ -63,6 +108,40 @@ def draw_points(image: np.ndarray, points: np.ndarray, scale: int = 1) -> np.nda
         box = [centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius]
         pen.ellipse(box, fill=_hue(number / len(points)), outline=(0, 0, 0))
     return np.asarray(canvas)
+
+
+def mark_place(image: np.ndarray, place: tuple[float, float]) -> np.ndarray:
+    """A ring around a place ((x, y) in [-1, 1], corner-aligned) on uint8 [H, W, 3]."""
+    canvas = Image.fromarray(_checked(image))
+    pen = ImageDraw.Draw(canvas)
+    x, y = ((value + 1) / 2 * (side - 1) for value, side in zip(place, canvas.size, strict=True))
+    for radius, colour in ((7, (0, 0, 0)), (6, (0, 255, 255)), (5, (0, 0, 0))):
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour)
+    return np.asarray(canvas)
+
+
+def enlarge(image: np.ndarray, side: int, smooth: bool = True) -> np.ndarray:
+    """An image, uint8 [H, W, 3], as [side, side, 3]; not `smooth`: every pixel stays a block of one colour."""
+    kind = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(_checked(image)).resize((side, side), kind))
+
+
+def heat(strength: np.ndarray) -> np.ndarray:
+    """Colours of values [...] in [0, 1], clipped, from black to bright yellow: float64 [..., 3] in [0, 255]."""
+    places = np.linspace(0, 1, len(_HEAT))
+    return np.stack([np.interp(strength, places, _HEAT[:, channel]) for channel in range(3)], axis=-1)
+
+
+def attention_image(image: np.ndarray, relative: np.ndarray) -> np.ndarray:
+    """Attention [h, w] in colours over a gray `image`, uint8 [H, W, 3]; a weight covers the pixels of its cell.
+
+    relative: weights in multiples of looking everywhere alike; the colours end at `STRONGEST`.
+    """
+    repeats = [large // small for large, small in zip(image.shape[:2], relative.shape, strict=True)]
+    strength = np.kron(np.clip(relative / STRONGEST, 0, 1), np.ones(repeats))
+    cover = np.sqrt(strength)[..., None]  # faint attention should be seen, and none should leave the picture as it is
+    gray = image.mean(2, keepdims=True)
+    return np.rint((1 - cover) * 0.6 * gray + cover * heat(strength)).astype(np.uint8)
 
 
 def difference_image(image: np.ndarray, other: np.ndarray, gain: float = 3.0) -> np.ndarray:

@@ -11,21 +11,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dagan_rt.errors import require
 from dagan_rt.evaluation.comparison.attention import Attention, attention_of
-from dagan_rt.evaluation.comparison.runs import planes
 from dagan_rt.evaluation.sets import ImageSet
+from dagan_rt.inspection import pixels, planes
 from dagan_rt.networks.model import Model
 from dagan_rt.training.data import Clips, Frame
-from dagan_rt.training.sheets import contact_sheet, depth_image, draw_points, write_sheet
+from dagan_rt.training.sheets import (
+    STRONGEST,
+    attention_image,
+    contact_sheet,
+    depth_image,
+    draw_points,
+    enlarge,
+    heat,
+    mark_place,
+    write_sheet,
+)
 
 CELL = 160  # pixels of a picture on a sheet
 QUERIES = {"eye": (36, 37, 38, 39, 40, 41), "mouth": (60, 62, 64, 66), "cheek": (2, 31, 48)}
 """Where the attention is asked from: the mean of these true landmarks; and "background", a corner of the picture."""
 
 CORNER = (0.88, -0.88)
-STRONGEST = 12.0
-"""Weight at which the colours end, in multiples of looking everywhere alike; the same on every map."""
 
 
 def write_reenactments(path: Path, models: Mapping[str, Model], clips: Clips, sets: Sequence[ImageSet]) -> None:
@@ -64,7 +71,7 @@ def write_attention(path: Path, models: Mapping[str, Model], clips: Clips, sets:
         for name, model in attentive.items():
             attention = attention_of(model, planes(source.image), planes(driving.image))
             maps = [_map(attention, place) for place in queries.values()]
-            lines.append([_enlarged(source.image), _enlarged(driving.image), *maps])
+            lines.append([enlarge(source.image, CELL), enlarge(driving.image, CELL), *maps])
             labels.append(name)
     titles = ["source", "driving", *(f"from {query}" for query in (*QUERIES, "background"))]
     sheet = contact_sheet(lines, labels, titles, cell=CELL)
@@ -76,7 +83,7 @@ def _map(attention: Attention, place: tuple[float, float]) -> np.ndarray:
     weights = attention.weights[0].numpy()
     row, column = _cell(place, *weights.shape[:2])
     relative = weights[row, column] * weights[row, column].size
-    return _ringed(_enlarged(_heat(_pixels(attention.prediction[0]), relative)), place)
+    return mark_place(enlarge(attention_image(pixels(attention.prediction), relative), CELL), place)
 
 
 def _queries(frame: Frame) -> dict[str, tuple[float, float]]:
@@ -91,20 +98,9 @@ def _cell(place: tuple[float, float], height: int, width: int) -> tuple[int, int
     return int(np.clip(round(row), 0, height - 1)), int(np.clip(round(column), 0, width - 1))
 
 
-def _heat(image: np.ndarray, relative: np.ndarray) -> np.ndarray:
-    """Weights [h, w] in colours over a grey `image` [H, W, 3]; a weight covers the pixels of its cell."""
-    colours = require("matplotlib", extra="train", why="drawing attention maps").colormaps["inferno"]
-    repeats = [large // small for large, small in zip(image.shape[:2], relative.shape, strict=True)]
-    strength = np.kron(np.clip(relative / STRONGEST, 0, 1), np.ones(repeats))[..., None]
-    heat, grey = colours(strength[..., 0])[..., :3] * 255, image.mean(2, keepdims=True)
-    cover = np.sqrt(strength)  # faint attention should be seen, and none should leave the picture as it is
-    return np.rint((1 - cover) * 0.6 * grey + cover * heat).astype(np.uint8)
-
-
 def _scale(width: int) -> np.ndarray:
     """The colours and what they mean, as a strip to go below a sheet: uint8 [height, width, 3]."""
-    colours = require("matplotlib", extra="train", why="drawing attention maps").colormaps["inferno"]
-    bar = np.rint(colours(np.tile(np.linspace(0, 1, 240), (14, 1)))[..., :3] * 255).astype(np.uint8)
+    bar = np.rint(heat(np.tile(np.linspace(0, 1, 240), (14, 1)))).astype(np.uint8)
     labelled = contact_sheet([[bar]], ["attention, even = 1:  0"], cell=240)
     end = contact_sheet([[np.full((14, 120, 3), 250, np.uint8)]], [f"{STRONGEST:.0f} and more"], cell=120)
     height = max(labelled.shape[0], end.shape[0])
@@ -117,23 +113,6 @@ def _scale(width: int) -> np.ndarray:
     return strip
 
 
-def _ringed(image: np.ndarray, place: tuple[float, float]) -> np.ndarray:
-    from PIL import Image, ImageDraw
-
-    canvas = Image.fromarray(image)
-    pen = ImageDraw.Draw(canvas)
-    centre = [(value + 1) / 2 * (side - 1) for value, side in zip(place, canvas.size, strict=True)]
-    for radius, colour in ((7, (0, 0, 0)), (6, (0, 255, 255)), (5, (0, 0, 0))):
-        pen.ellipse([centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius], outline=colour)
-    return np.asarray(canvas)
-
-
-def _enlarged(image: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize((CELL, CELL), Image.Resampling.BICUBIC))
-
-
 def _pointed(model: Model, frame: Frame) -> np.ndarray:
     points = model.find_keypoints(planes(frame.image)).value[0].numpy()
     return draw_points(frame.image, points, max(1, CELL // frame.image.shape[0] + 1))
@@ -144,11 +123,7 @@ def _depth(model: Model, frame: Frame) -> np.ndarray | None:
 
 
 def _result(model: Model, source: Frame, driving: Frame) -> np.ndarray:
-    return _enlarged(_pixels(model(planes(source.image), planes(driving.image)).prediction[0]))
-
-
-def _pixels(image: torch.Tensor) -> np.ndarray:
-    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return enlarge(pixels(model(planes(source.image), planes(driving.image)).prediction), CELL)
 
 
 def _frame(clips: Clips, clip: int, frame: int) -> Frame:
