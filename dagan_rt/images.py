@@ -37,6 +37,22 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         return _decode(file, f"image {path}", READABLE, MAX_PIXELS)
 
 
+def is_still(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an image that `read_image` knows, damaged or not; a GIF that moves is a video.
+
+    Raises `InputError` for a file that is missing, a folder, empty or not readable.
+    """
+    _silence_pillow()
+    with open_input(path, "file") as file:
+        try:
+            with Image.open(file, formats=READABLE) as image:
+                return image.format != "GIF" or getattr(image, "n_frames", 1) == 1
+        except Image.UnidentifiedImageError:
+            return False
+        except Exception:  # of a damaged file, about every type there is
+            return True
+
+
 def decode_image(
     data: bytes, what: str, formats: tuple[str, ...] = ENCODINGS, most_pixels: int = MAX_PIXELS
 ) -> np.ndarray:

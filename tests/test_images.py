@@ -18,7 +18,7 @@ from PIL import Image
 
 from dagan_rt import images
 from dagan_rt.errors import InputError
-from dagan_rt.images import ENCODINGS, center_square, decode_image, encode_image, read_image, write_image
+from dagan_rt.images import ENCODINGS, center_square, decode_image, encode_image, is_still, read_image, write_image
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
@@ -160,6 +160,19 @@ def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert (read_image(tmp_path / "moving.gif")[10, 10] == (255, 0, 0)).all()
+
+
+def test_what_moves_is_no_still(tmp_path: Path) -> None:
+    frames = [Image.fromarray(picture()), Image.fromarray(255 - picture())]
+    for name, kept, still in [("a.png", 1, True), ("a.gif", 1, True), ("b.gif", 2, False), ("a.tiff", 2, True)]:
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:kept])
+        assert is_still(tmp_path / name) == still
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-20])
+    (tmp_path / "text.png").write_text("not an image")
+    assert is_still(tmp_path / "cut.png") and not is_still(tmp_path / "text.png")
+    for name, words in [("none.png", "none.png does not exist"), (".", "is a folder")]:
+        with pytest.raises(InputError, match=words):
+            is_still(tmp_path / name)
 
 
 def test_bad_files_give_one_sentence_each(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""`dagan-rt explain`: one sheet of what happens inside the networks for a portrait and a driving picture."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagan_rt.errors import InputError, require
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dagan_rt.networks.config import NetworkConfig
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `explain` to the subparsers of the command line."""
+    parser = subparsers.add_parser(
+        "explain",
+        allow_abbrev=False,
+        help="draw what happens inside: key points, depth, flow, occlusion, attention",
+        description="Write one sheet that shows why a result looks as it does, for a portrait and one driving picture: "
+        "key points, depth maps, flow, occlusion, warped source and feature, attention and result, each with what to "
+        "look for; and print the facts. Portrait and driving picture are cropped to their centred square.",
+    )
+    parser.add_argument(
+        "--bundle", type=Path, required=True, metavar="DIR", help="exported model, with its weights for PyTorch"
+    )
+    parser.add_argument("--source", type=Path, required=True, metavar="IMAGE", help="the portrait")
+    parser.add_argument(
+        "--driving",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a video, or an image, whose motion is absolute for want of an initial frame",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
+    parser.add_argument("--frame", type=int, metavar="N", help="frame of the video, counted from 0 (default: 0)")
+    parser.add_argument(
+        "--absolute", action="store_true", help="take over the driving pose itself, not its change since frame 0"
+    )
+    parser.add_argument(
+        "--adapt-scale", action="store_true", help="scale the motion by the ratio of the two faces' sizes"
+    )
+    parser.add_argument(
+        "--pixel",
+        type=int,
+        nargs=2,
+        metavar=("X", "Y"),
+        help="where attention is asked from, in pixels of the model's picture (default: the middle of the face)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check every input, then write the sheet and print the facts; returns the exit code."""
+    require("torch", extra="torch", why="dagan-rt explain")
+    from dagan_rt.backends import torch as backend
+    from dagan_rt.bundle import Bundle
+    from dagan_rt.explanation import explanation_sheet, facts, notes
+    from dagan_rt.files import check_output
+    from dagan_rt.images import center_square, is_still, read_image
+    from dagan_rt.inspection import inspect
+    from dagan_rt.training.sheets import write_sheet
+
+    still = is_still(arguments.driving)
+    _check_options(arguments, still)
+    check_output(arguments.out, [".png"], inputs=[arguments.source, arguments.driving])
+    portrait = read_image(arguments.source)
+    first, shown = (None, read_image(arguments.driving)) if still else _frames(arguments.driving, arguments.frame or 0)
+    bundle = Bundle.open(arguments.bundle)
+    if bundle.weights is None:
+        raise InputError(f"bundle {bundle.path} holds no weights to look into: export it without --no-torch-weights")
+    pixel = _pixel(arguments, bundle.config)
+    size, model = bundle.config.size, backend.load(bundle).eval()
+    initial = None if first is None or arguments.absolute else center_square(first, size)
+    found = inspect(
+        model, center_square(portrait, size), center_square(shown, size), initial, adapt_scale=arguments.adapt_scale
+    )
+    write_sheet(arguments.out, explanation_sheet(found, pixel))
+    what = "an image, which has no initial frame" if still else f"frame {arguments.frame or 0}"
+    said = [f"{subject:<12}{fact}" for subject, fact in facts(found, pixel).items()]
+    said += [f"{'note':<12}{note}" for note in notes(found)]
+    print(*(textwrap.fill(line, 100, subsequent_indent=" " * 12) for line in said), sep="\n")
+    print(f"wrote {arguments.out}: {arguments.driving}, {what}")
+    return 0
+
+
+def _check_options(arguments: argparse.Namespace, still: bool) -> None:
+    if arguments.frame is not None and still:
+        raise InputError(f"--frame chooses a frame of a video, and {arguments.driving} is an image: leave it out")
+    if arguments.frame is not None and arguments.frame < 0:
+        raise InputError(f"--frame must be at least 0, got {arguments.frame}")
+    if arguments.adapt_scale and (arguments.absolute or still):
+        why = "--absolute does without" if arguments.absolute else f"the image {arguments.driving} does not have"
+        raise InputError(f"--adapt-scale is about motion since an initial frame, which {why}: leave it out")
+
+
+def _frames(path: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first frame of a video, and the one of that number."""
+    from dagan_rt.video import VideoReader
+
+    try:
+        opened = VideoReader(path)
+    except InputError as error:
+        raise InputError(f"{error}; nor is it an image") from None
+    with opened as reader:
+        initial = frame = next(iter(reader))
+        for _ in range(number):
+            following = next(iter(reader), None)
+            if following is None:
+                raise InputError(f"--frame must be 0 to {reader.frames_read - 1} in {path}, got {number}")
+            frame = following
+        return initial, frame
+
+
+def _pixel(arguments: argparse.Namespace, config: NetworkConfig) -> tuple[int, int] | None:
+    """Where attention is asked from, if that was given and there is any."""
+    if arguments.pixel is None:
+        return None
+    if config.parts.attention is None:
+        raise InputError(f"--pixel asks where attention looks, and {config.variant} has none: leave it out")
+    x, y = arguments.pixel
+    if not (0 <= x < config.size and 0 <= y < config.size):
+        raise InputError(
+            f"--pixel must be X Y in 0..{config.size - 1} of the model's {config.size} x {config.size} pixels, "
+            f"got {x} {y}"
+        )
+    return x, y
