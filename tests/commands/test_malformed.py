@@ -122,9 +122,9 @@ def test_each_is_one_sentence(
         assert code in (0, 2), f"{bad.name}: {code} {said}"
         if code == 2:
             lines = said.strip().splitlines()
-            assert len(lines) == 1 and bad.name in lines[0] and re.match(r"dagan-rt: error: (image|video) ", lines[0]), (
-                said
-            )
+            assert (
+                len(lines) == 1 and bad.name in lines[0] and re.match(r"dagan-rt: error: (image|video) ", lines[0])
+            ), said
             assert len(lines[0]) < 400 + len(str(bad)) and lines[0].isprintable()
             assert os.listdir(tmp_path / "out") == []
         else:
