@@ -16,6 +16,8 @@ from dagan_rt.errors import InputError
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.transfer import movement_scale
 
+POINTS = ("kp_value", "kp_jacobian")  # what graphs call the parts of `KeyPoints`
+
 
 class Pending(Protocol):
     """A batch under way."""
@@ -45,7 +47,8 @@ class Frames(Protocol):
     `set_source` and `begin` may be called from another thread than `submit`: they neither change a batch under way nor
     wait for one longer than its staging. Results may be taken in a third thread. `submit` has copied the frames, or is
     through with them, when it returns. The caller checks the images, and leaves a slot alone while frames of it are
-    pending. Those of a GPU have a `device: str`, too: its name.
+    pending. Those of a GPU have a `device: str`, too: its name. Those that can be driven by key points alone have
+    `submit_points`, as `GraphFrames` does, and take key points in `begin`.
     """
 
     size: int  # side of an image, pixels
@@ -117,6 +120,7 @@ class GraphFrames:
     def __init__(self, backend: Backend, bundle: Bundle, slots: int = 1, batches: Sequence[int] = (1,)) -> None:
         """backend: with the graphs of `bundle` loaded; slots, batches: as in `Frames`."""
         self.size, self.slots, self.batches = bundle.config.size, slots, tuple(batches)
+        self.num_keypoints = bundle.config.num_keypoints
         self._backend = backend
         self._inputs = {name: [tensor.name for tensor in graph.inputs] for name, graph in bundle.graphs.items()}
         kept = _session(bundle)
@@ -136,18 +140,18 @@ class GraphFrames:
         self._sources[slot] = {name: array for name, array in arrays.items() if name in self._kept}
         self._initial[slot] = self._first[slot] = None
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
-        """As in `Frames`; absolute motion is relative motion from the source's own points."""
+    def begin(self, slot: int, frame: np.ndarray | KeyPoints | None, adapt_scale: bool = False) -> None:
+        """As in `Frames`, or from key points; absolute motion is relative motion from the source's own points."""
         source = self._sources[slot]
         if source is None:
             raise InputError(f"slot {slot} has no source: call set_source first")
         initial, scale = source, 1.0
         if frame is not None:
-            initial = self._find(frame)
+            initial = self._given(frame) if isinstance(frame, KeyPoints) else self._find(frame)
             if adapt_scale:
                 scale = movement_scale(on_host(self._backend, source), on_host(self._backend, initial))
         movement = {"scale": self._backend.from_numpy(np.array([[scale]], np.float32))}
-        self._first[slot] = None if frame is None else (frame.copy(), initial)
+        self._first[slot] = (frame.copy(), initial) if isinstance(frame, np.ndarray) else None
         self._initial[slot] = _named("initial", initial) | movement
 
     def submit(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Pending:
@@ -158,6 +162,13 @@ class GraphFrames:
             )
         try:
             return Computed(np.stack([self._drive(*pair) for pair in zip(slots, frames, strict=True)]))
+        except Exception as error:
+            return Computed(error)
+
+    def submit_points(self, slot: int, points: KeyPoints) -> Pending:
+        """As `submit` with one slot, by a driving face's key points: NumPy [1, K, 2] and [1, K, 2, 2]."""
+        try:
+            return Computed(self._render(self._session(slot), self._given(points))[None])
         except Exception as error:
             return Computed(error)
 
@@ -197,14 +208,28 @@ class GraphFrames:
             kept[:] = [None] * self.slots
 
     def _drive(self, slot: int, frame: np.ndarray) -> np.ndarray:
-        source, initial = self._sources[slot], self._initial[slot]
-        if source is None or initial is None:
-            raise InputError(f"slot {slot} has no session: call set_source and begin first")
+        session = self._session(slot)
         first, self._first[slot] = self._first[slot], None
         # The initial frame is usually the first one driven, and its points are known.
         driving = first[1] if first is not None and np.array_equal(first[0], frame) else self._find(frame)
-        arrays = source | initial | _named("driving", driving)
+        return self._render(session, driving)
+
+    def _session(self, slot: int) -> dict[str, Any]:
+        """What is known of a slot's source and initial face, by the names that graphs take it under."""
+        source, initial = self._sources[slot], self._initial[slot]
+        if source is None or initial is None:
+            raise InputError(f"slot {slot} has no session: call set_source and begin first")
+        return source | initial
+
+    def _render(self, session: dict[str, Any], driving: dict[str, Any]) -> np.ndarray:
+        """The image of a session's source, moved as the driving key points say."""
+        arrays = session | _named("driving", driving)
         return self._backend.to_image(self._run("generator", arrays | self._run("motion", arrays))["prediction"])
+
+    def _given(self, points: KeyPoints) -> dict[str, Any]:
+        """Key points under the names that graphs give them."""
+        arrays = (np.ascontiguousarray(part, np.float32) for part in points)
+        return {name: self._backend.from_numpy(array) for name, array in zip(POINTS, arrays, strict=True)}
 
     def _find(self, frame: np.ndarray) -> dict[str, Any]:
         """Depth and key points of one face."""
@@ -238,12 +263,12 @@ def find_keypoints(backend: Backend, image: np.ndarray) -> KeyPoints:
 
 def on_host(backend: Backend, found: Mapping[str, Any]) -> KeyPoints:
     """The key points among the outputs of `source` or `driving`, NumPy [1, K, 2] and [1, K, 2, 2]."""
-    return KeyPoints(*(backend.to_numpy(found[name]) for name in ("kp_value", "kp_jacobian")))
+    return KeyPoints(*(backend.to_numpy(found[name]) for name in POINTS))
 
 
 def _named(role: str, found: dict[str, Any]) -> dict[str, Any]:
     """The key points of the source, driving or initial face under the names the `motion` graph takes them."""
-    return {f"{role}_{name}": found[name] for name in ("kp_value", "kp_jacobian")}
+    return {f"{role}_{name}": found[name] for name in POINTS}
 
 
 def _session(bundle: Bundle) -> list[Tensor]:

@@ -128,6 +128,27 @@ class Reenactor:
         self._last = self._frames.submit([0], [checked])
         return self._last
 
+    def submit_points(self, points: KeyPoints) -> Pending:
+        """As `submit`, by the key points of a driving face as `keypoints` gives them, smoothed or from a `Template`.
+
+        points: NumPy [1, K, 2] and [1, K, 2, 2]; with relative motion the first of a session are the initial ones.
+        Raises InputError for others, without a source, and where the backend computes key points and image in one
+        (`torch-cuda`, `tensorrt`, `tensorrt-rtx`, servers).
+        """
+        submit = getattr(self._frames, "submit_points", None)
+        if submit is None:
+            raise InputError(
+                f"backend {self._backend_name} cannot be driven by key points: take onnxruntime, openvino or torch"
+            )
+        if not self._has_source:
+            raise InputError("submit_points needs a source: call set_source(image) first")
+        _check_points(points, self._frames.num_keypoints)  # type: ignore[attr-defined]
+        if not self._begun:
+            self._frames.begin(0, points if self._relative else None, self._adapt_scale)  # type: ignore[arg-type]
+            self._begun = True
+        self._last = submit(0, points)
+        return self._last
+
     def keypoints(self, frame: np.ndarray) -> KeyPoints:
         """The key points of any face, NumPy [1, K, 2] and [1, K, 2, 2]; `frame` as in `drive`. The session stays."""
         return self._frames.keypoints(check_image("frame", frame, self.size))
@@ -169,6 +190,14 @@ def check_image(name: str, image: Any, size: int) -> np.ndarray:
     if image.dtype != np.uint8 or image.shape != shape:
         raise InputError(f"{name} must be uint8 [H, W, 3] = {shape}, got {image.dtype} {image.shape}")
     return image
+
+
+def _check_points(points: KeyPoints, count: int) -> None:
+    shapes = [np.shape(part) for part in points]
+    if shapes != [(1, count, 2), (1, count, 2, 2)]:
+        raise InputError(f"points must be [1, K, 2] and [1, K, 2, 2] with K = {count}, got {shapes[0]} and {shapes[1]}")
+    if not all(np.isfinite(part).all() for part in points):
+        raise InputError("points must be finite numbers")
 
 
 def open_loaded(

@@ -292,3 +292,40 @@ def test_another_session_has_a_source_of_its_own_on_the_same_backend(bundle: Bun
     second.close()
     assert int(first.drive(picture(70)).max()) == 120
     assert second.backend_name == first.backend_name == "arithmetic"
+
+
+@pytest.mark.parametrize(("motion", "adapt_scale"), [("relative", False), ("relative", True), ("absolute", False)])
+def test_key_points_drive_as_the_frames_they_are_of(bundle: Bundle, motion: str, adapt_scale: bool) -> None:
+    levels = (50, 70, 60, 90)
+    by_frames, by_points = (Reenactor(bundle, Arithmetic(), motion, adapt_scale) for _ in range(2))
+    for one in (by_frames, by_points):
+        one.set_source(picture(100, corner=30))
+    for level in levels:
+        frame = picture(level, corner=level)
+        found = by_points.submit_points(by_points.keypoints(frame)).result()
+        np.testing.assert_array_equal(found[0], by_frames.drive(frame))
+    by_points.reset()
+    by_frames.reset()
+    found = by_points.submit_points(by_points.keypoints(picture(80))).result()
+    np.testing.assert_array_equal(found[0], by_frames.drive(picture(80)))
+
+
+def test_key_points_that_cannot_drive(bundle: Bundle) -> None:
+    reenactor = Reenactor(bundle, Arithmetic())
+    points = reenactor.keypoints(picture(50))
+    with pytest.raises(InputError, match="submit_points needs a source"):
+        reenactor.submit_points(points)
+    reenactor.set_source(picture(100))
+    with pytest.raises(InputError, match=r"with K = 4, got \(1, 3, 2\) and \(1, 4, 2, 2\)"):
+        reenactor.submit_points(KeyPoints(points.value[:, :3], points.jacobian))
+    with pytest.raises(InputError, match="finite"):
+        reenactor.submit_points(KeyPoints(points.value * np.float32(np.nan), points.jacobian))
+
+    class Whole:
+        name = "whole"
+
+        def frames(self, slots: int, batches: Any) -> Any:
+            return type("Frames", (), {"size": SIZE})()
+
+    with pytest.raises(InputError, match="backend whole cannot be driven by key points: take onnxruntime, openvino"):
+        Reenactor(bundle, Whole()).submit_points(points)
