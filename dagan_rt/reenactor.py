@@ -55,7 +55,7 @@ class Reenactor:
         ValueError for a wrong argument.
         """
         check_motion(motion, adapt_scale)
-        self._relative, self._adapt_scale = motion == "relative", adapt_scale
+        self._motion, self._adapt_scale = motion, adapt_scale
         opening = _open_remote if is_address(bundle) else _open_here
         self._frames, self._more, self._backend_name, self._reason = opening(bundle, backend, threads)
         self._has_source = self._begun = False
@@ -87,6 +87,16 @@ class Reenactor:
         """Why this backend, on one line; with "auto", also why none of the faster ones."""
         return self._reason
 
+    @property
+    def motion(self) -> str:
+        """ "relative" or "absolute", see `set_motion`."""
+        return self._motion
+
+    @property
+    def adapt_scale(self) -> bool:
+        """Whether relative motion is scaled by the size of the source face over the driving one."""
+        return self._adapt_scale
+
     def set_source(self, image: np.ndarray) -> None:
         """Choose the portrait to animate, and start a new session.
 
@@ -101,6 +111,17 @@ class Reenactor:
     def reset(self) -> None:
         """Forget the initial driving frame: the next one becomes it."""
         self._begun = False
+
+    def set_motion(self, motion: str, adapt_scale: bool = False) -> None:
+        """Choose how motion is taken over, and start a new session with the same portrait, as `reset` does.
+
+        motion, adapt_scale: as for the constructor. Raises ValueError for a wrong argument and while frames of
+        `submit` are under way, and keeps the former motion.
+        """
+        check_motion(motion, adapt_scale)
+        self._check_idle("set_motion")
+        self._motion, self._adapt_scale = motion, adapt_scale
+        self.reset()
 
     def drive(self, frame: np.ndarray) -> np.ndarray:
         """Give the source the expression and pose of a driving frame.
@@ -123,7 +144,7 @@ class Reenactor:
         checked = check_image("frame", frame, self.size)
         if not self._begun:
             self._check_idle("a new initial frame")
-            self._frames.begin(0, checked if self._relative else None, self._adapt_scale)
+            self._frames.begin(0, checked if self._motion == "relative" else None, self._adapt_scale)
             self._begun = True
         self._last = self._frames.submit([0], [checked])
         return self._last

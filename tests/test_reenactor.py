@@ -142,6 +142,27 @@ def test_the_scale_is_that_of_the_first_frame_for_the_whole_session(bundle: Bund
     assert backend.motion["scale"][0, 0] == pytest.approx(2, rel=1e-3)
 
 
+def test_the_motion_can_change_between_frames(bundle: Bundle) -> None:
+    backend, source = Arithmetic(), picture(200)
+    reenactor = Reenactor(bundle, backend)
+    reenactor.set_source(source)
+    reenactor.drive(picture(50))
+    reenactor.set_motion("absolute")
+    assert (reenactor.motion, reenactor.adapt_scale) == ("absolute", False)
+    reenactor.drive(picture(60, corner=7))
+    np.testing.assert_allclose(backend.moved.value[0], points(picture(60, corner=7)), atol=1e-6)
+    reenactor.set_motion("relative", adapt_scale=True)
+    assert (reenactor.motion, reenactor.adapt_scale) == ("relative", True)
+    reenactor.drive(picture(100))
+    assert backend.motion["scale"][0, 0] == pytest.approx(2, rel=1e-3)  # a new session: this frame is the initial one
+    np.testing.assert_allclose(backend.moved.value[0], points(source), atol=1e-6)
+    assert backend.calls.count("source") == 1
+    for wrong, words in (("sideways", "must be relative or absolute"), ("absolute", "adapt_scale")):
+        with pytest.raises(InputError, match=words):
+            reenactor.set_motion(wrong, adapt_scale=True)
+    assert (reenactor.motion, reenactor.adapt_scale) == ("relative", True)
+
+
 def test_a_frame_without_a_face_does_not_become_the_initial_one(bundle: Bundle) -> None:
     backend = Arithmetic()
     reenactor = Reenactor(bundle, backend, adapt_scale=True)
@@ -247,6 +268,9 @@ def test_a_session_is_not_rewritten_while_frames_are_under_way(bundle: Bundle) -
     assert reenactor.submit(picture(2)).result().shape == (1, SIZE, SIZE, 3)
     with pytest.raises(InputError, match="set_source must wait for the frames under way: take the results of submit"):
         reenactor.set_source(picture(1))
+    with pytest.raises(InputError, match="set_motion must wait for the frames under way"):
+        reenactor.set_motion("absolute")
+    assert reenactor.motion == "relative"
     reenactor.reset()
     with pytest.raises(InputError, match="a new initial frame must wait for the frames under way"):
         reenactor.submit(picture(2))

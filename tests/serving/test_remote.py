@@ -82,6 +82,17 @@ def test_options_reach_the_server(twin: Any, motion: str, scaled: bool) -> None:
             assert np.array_equal(reenactor.drive(frame), drive(SOURCE, initial, frame, scale))
 
 
+def test_the_motion_can_change_between_frames_on_a_server(twin: Any) -> None:
+    with Reenactor(twin.url) as reenactor:
+        reenactor.set_source(SOURCE)
+        reenactor.drive(FRAMES[0])
+        for motion, scaled, initial, scale in (("absolute", False, None, 1), ("relative", True, FRAMES[1], 2)):
+            reenactor.set_motion(motion, scaled)
+            for frame in FRAMES[1:3]:
+                assert np.array_equal(reenactor.drive(frame), drive(SOURCE, initial, frame, scale))
+    assert fake.eventually(lambda: not twin.sequences["reenact"].open and not twin.regions)
+
+
 def test_the_initial_frame_is_driven_once(twin: Any) -> None:
     with Reenactor(twin.url) as reenactor:
         reenactor.set_source(SOURCE)
