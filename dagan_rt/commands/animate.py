@@ -36,21 +36,10 @@ def add_parser(subparsers: Any) -> None:
         help="animate a portrait with the motion of a video",
         description="Animate a portrait with the motion of a video. The sound of the video is kept.",
     )
-    parser.add_argument(
-        "--bundle",
-        required=True,
-        metavar="DIR",
-        help="exported model (a folder), or a server that serves one (grpc://host:8001, http://host:8000)",
-    )
+    add_model_options(parser)
     parser.add_argument("--source", type=Path, required=True, metavar="IMAGE", help="the portrait")
     parser.add_argument("--driving", type=Path, required=True, metavar="VIDEO", help="the video whose motion is used")
     parser.add_argument("--out", type=Path, required=True, metavar="VIDEO", help="result: .mp4, .m4v, .mov, .mkv, .gif")
-    parser.add_argument(
-        "--absolute", action="store_true", help="take over the driving pose itself, not its change since frame 1"
-    )
-    parser.add_argument(
-        "--adapt-scale", action="store_true", help="scale the motion by the ratio of the two faces' sizes"
-    )
     parser.add_argument(
         "--find-best-frame",
         action="store_true",
@@ -84,6 +73,23 @@ def add_parser(subparsers: Any) -> None:
         "blended and its colours matched",
     )
     parser.add_argument("--side-by-side", action="store_true", help="show portrait, driving frame and result in a row")
+    parser.set_defaults(run=run)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that animates takes; `check_options` and `open_reenactor` read it."""
+    parser.add_argument(
+        "--bundle",
+        required=True,
+        metavar="DIR",
+        help="exported model (a folder), or a server that serves one (grpc://host:8001, http://host:8000)",
+    )
+    parser.add_argument(
+        "--absolute", action="store_true", help="take over the driving pose itself, not its change since frame 1"
+    )
+    parser.add_argument(
+        "--adapt-scale", action="store_true", help="scale the motion by the ratio of the two faces' sizes"
+    )
     parser.add_argument(
         "--backend",
         default="auto",
@@ -94,7 +100,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--crf", type=int, default=18, metavar="N", help="H.264 quality from 0 (lossless) to 51, default 18"
     )
-    parser.set_defaults(run=run)
 
 
 def _backends() -> list[str]:
@@ -109,11 +114,12 @@ def run(arguments: argparse.Namespace) -> int:
     from dagan_rt.files import check_output
     from dagan_rt.video import WRITABLE, VideoReader
 
-    _check_options(arguments)
+    check_options(arguments)
+    _check_faces(arguments)
     check_output(arguments.out, WRITABLE, inputs=[arguments.source, arguments.driving])
     detector = _detector(arguments)
     portrait = _portrait(arguments, detector)
-    with VideoReader(arguments.driving) as reader, _reenactor(arguments) as first, ExitStack() as stack:
+    with VideoReader(arguments.driving) as reader, open_reenactor(arguments) as first, ExitStack() as stack:
         reenactors = [first, *(stack.enter_context(first.another()) for _ in portrait.squares[1:])]
         sources = [square.cut(portrait.picture, first.size) for square in portrait.squares]
         for reenactor, source in zip(reenactors, sources, strict=True):
@@ -135,11 +141,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 130
 
 
-def _check_options(arguments: argparse.Namespace) -> None:
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of their range, and options that exclude one another."""
     if not 0 <= arguments.crf <= 51:
         raise InputError(f"--crf must be between 0 and 51, got {arguments.crf}")
     if arguments.threads is not None and arguments.threads < 1:
         raise InputError(f"--threads must be at least 1, got {arguments.threads}")
+    for option in ("adapt_scale", "find_best_frame"):
+        if arguments.absolute and getattr(arguments, option, False):
+            raise InputError(
+                f"--{option.replace('_', '-')} is about motion since a first frame, which --absolute does without: "
+                "give one of the two"
+            )
+
+
+def _check_faces(arguments: argparse.Namespace) -> None:
     if arguments.face not in ("largest", "all") and not (arguments.face.isdecimal() and int(arguments.face) > 0):
         raise InputError(f"--face must be largest, all, or a number from 1, got {arguments.face!r}")
     if arguments.face != "largest" and arguments.crop != "auto":
@@ -148,15 +164,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise InputError("--face all needs --paste-back, which shows all of them in one picture")
     if arguments.paste_back and arguments.side_by_side:
         raise InputError("--paste-back shows the whole portrait, --side-by-side squares: give one of the two")
-    for option in ("adapt_scale", "find_best_frame"):
-        if arguments.absolute and getattr(arguments, option):
-            raise InputError(
-                f"--{option.replace('_', '-')} is about motion since a first frame, which --absolute does without: "
-                "give one of the two"
-            )
 
 
-def _reenactor(arguments: argparse.Namespace) -> Reenactor:
+def open_reenactor(arguments: argparse.Namespace) -> Reenactor:
+    """The model that the options name."""
     from dagan_rt.reenactor import Reenactor
 
     options = {} if arguments.threads is None else {"threads": arguments.threads}
@@ -310,16 +321,23 @@ def _animate(
             writer.write(shown(frame.image, result), frame.time, frame.duration)
             bar.update()
 
-        try:
+        with keeping(writer):
             return pipeline.run(clip.squares(reader), driven, write, clip.interrupted)
-        except Exception as error:
-            kept = _keep(writer)
-            # Out of memory, a device lost, whatever an engine refuses: no bugs, and tracebacks would say no more.
-            if isinstance(error, (InputError, MemoryError, RuntimeError)):
-                raise InputError(f"{str(error) or 'out of memory'}{kept and '; '}{kept}") from error
-            if kept:
-                print(kept, file=sys.stderr)
-            raise
+
+
+@contextmanager
+def keeping(writer: VideoWriter | None) -> Iterator[None]:
+    """Finish a clip that an error cuts short, and say in the error's sentence what it holds; None: there is no clip."""
+    try:
+        yield
+    except Exception as error:
+        kept = _keep(writer) if writer is not None else ""
+        # Out of memory, a device lost, whatever an engine refuses: no bugs, and tracebacks would say no more.
+        if isinstance(error, (InputError, MemoryError, RuntimeError)):
+            raise InputError(f"{str(error) or 'out of memory'}{kept and '; '}{kept}") from error
+        if kept:
+            print(kept, file=sys.stderr)
+        raise
 
 
 def _shown(
