@@ -65,9 +65,9 @@ class VideoReader:
         self._file = open_input(path, "video")
         try:
             self._container = open_container(self._file, self.path)
-            self._stream = self._video_stream()
+            self._stream = picture_stream(self._container, f"video {self.path}")
             self._origin = start_time(self._container)
-            self.fps = _sane_rate(self._stream.average_rate, self._stream.guessed_rate)
+            self.fps = sane_rate(self._stream.average_rate, self._stream.guessed_rate)
             self.time_base = self._stream.time_base or 1 / self.fps
             self.frame_count = self._stream.frames or None
             self.has_audio = kept_audio(self._container) is not None
@@ -80,27 +80,6 @@ class VideoReader:
         except BaseException:
             self.close()
             raise
-
-    def _video_stream(self) -> Any:
-        # A song's cover picture is a video stream of one frame too.
-        cover = av.stream.Disposition.attached_pic
-        streams = [stream for stream in self._container.streams.video if not stream.disposition & cover]
-        if not streams:
-            raise InputError(f"video {self.path} has no video stream")
-        stream = streams[0]
-        if stream.codec_context is None:
-            raise InputError(f"video {self.path} has a video stream of a codec that cannot be decoded")
-        self._check_size(stream.codec_context.width, stream.codec_context.height)
-        # The size may change within a stream; the decoder itself refuses to allocate more.
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-        return stream
-
-    def _check_size(self, width: int, height: int) -> None:
-        if width * height > MAX_PIXELS:
-            raise InputError(
-                f"video {self.path} is {width}x{height}, more pixels a frame than the "
-                f"{MAX_PIXELS // 1_000_000} million allowed"
-            )
 
     def _decode(self) -> Iterator[Frame]:
         clock = Clock(self.fps, self.time_base, self._origin)
@@ -186,7 +165,32 @@ def open_container(file: Any, path: Path) -> Any:
         raise InputError(f"video {path} is not a video this program reads, or is cut off: {reason}") from None
 
 
-def _sane_rate(*rates: Fraction | None) -> Fraction:
+def picture_stream(container: Any, name: str) -> Any:
+    """The video stream of an open container, its frames bounded by `MAX_PIXELS`; `name` stands in errors.
+
+    Raises `InputError` if there is none, it cannot be decoded, or its frames are larger.
+    """
+    # A song's cover picture is a video stream of one frame too.
+    cover = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        raise InputError(f"{name} has no video stream")
+    stream = streams[0]
+    context = stream.codec_context
+    if context is None:
+        raise InputError(f"{name} has a video stream of a codec that cannot be decoded")
+    if context.width * context.height > MAX_PIXELS:
+        raise InputError(
+            f"{name} is {context.width}x{context.height}, more pixels a frame than the "
+            f"{MAX_PIXELS // 1_000_000} million allowed"
+        )
+    # The size may change within a stream; the decoder itself refuses to allocate more.
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream
+
+
+def sane_rate(*rates: Fraction | None) -> Fraction:
+    """The first rate that a video can have, in frames a second; 25 if none can."""
     for rate in rates:
         if rate is not None and Fraction(1, 60) <= rate <= 1000:
             return Fraction(rate)
