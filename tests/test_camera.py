@@ -337,6 +337,16 @@ def test_a_network_camera_is_live_and_has_no_end() -> None:
     assert str(caught.value).startswith(f"stream {address}/camera broke off: ")
 
 
+def test_a_broadcast_that_ends_breaks_off(tmp_path: Path) -> None:
+    piece = make_clip(tmp_path / "piece.ts").read_bytes()
+    with serving(lambda handler: send(handler, piece, "video/mp2t")) as address:
+        source = open_source(address)
+        found, sentence = levels_until_broken(source)
+        source.close()
+    np.testing.assert_allclose(found, LEVELS, atol=2)
+    assert sentence == f"stream {address} broke off: the other side ended it"
+
+
 def test_a_film_of_the_network_keeps_its_pace_and_ends(tmp_path: Path) -> None:
     clip = make_clip(tmp_path / "clip.mp4", options={"movflags": "faststart"}).read_bytes()
     with serving(lambda handler: send(handler, clip, "video/mp4")) as address:
