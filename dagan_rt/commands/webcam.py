@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from contextlib import ExitStack
@@ -104,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     check_options(arguments)
-    if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
+    if arguments.seconds is not None and not arguments.seconds > 0:
         raise InputError(f"--seconds must be over 0, got {arguments.seconds}")
     if arguments.frames is not None and arguments.frames < 1:
         raise InputError(f"--frames must be at least 1, got {arguments.frames}")
@@ -119,8 +118,6 @@ def _session(
     interrupted: threading.Event,
 ) -> tuple[Summary, int]:
     """Run until something ends it; how it went, and how many frames were recorded."""
-    from fractions import Fraction
-
     from dagan_rt.live import Live, Recorder, Sink
     from dagan_rt.video import VideoWriter
 
@@ -131,7 +128,7 @@ def _session(
         if arguments.virtual_camera is not None:
             sinks.append(opened.enter_context(VirtualCamera(size, fps, arguments.virtual_camera)))
         if arguments.out is not None:
-            writer = VideoWriter(arguments.out, fps, size, size, crf=arguments.crf, time_base=Fraction(1, 90_000))
+            writer = VideoWriter(arguments.out, fps, size, size, crf=arguments.crf)
             opened.enter_context(writer)
         recorder = None if writer is None else Recorder(writer)
         live = Live(capture, reenactor, portraits, sinks, str if window is None else window.keys, recorder)

@@ -179,6 +179,15 @@ def test_animate_on_a_server(twin: Any, files: Path, capsys: pytest.CaptureFixtu
     assert f"backend triton: twin 1 at {twin.url} serves dagan, fp32" in capsys.readouterr().out
 
 
+def test_webcam_on_a_server(twin: Any, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--bundle", twin.url, "--source", str(files / "portrait.png"), "--driver", str(files / "clip.mkv")]
+    assert main(["webcam", *given, "--out", str(files / "out.mkv"), "--crf", "0", "--no-window", "--absolute"]) == 0
+    known = [drive(GRAY, None, frame) for frame in shown(files / "clip.mkv")]
+    images = shown(files / "out.mkv")
+    assert images and all(min(np.abs(image.astype(int) - it).max() for it in known) <= 3 for image in images)
+    assert f"backend triton: twin 1 at {twin.url} serves dagan, fp32" in capsys.readouterr().out
+
+
 def test_a_server_that_dies_midway(
     twin: Any, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
