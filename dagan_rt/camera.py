@@ -72,7 +72,6 @@ class Camera:
         """device: its number, or its path on Linux. Raises InputError if there is none or it gives no picture."""
         self.name = f"camera {device}"
         self._cv2 = cv2 = require("cv2", extra="webcam", why=f"driving with {self.name}")
-        cv2.setLogLevel(0)  # it would tell each way it tried to open a camera that is not there
         # A path is taken for a film's unless the kind is named.
         self._device = cv2.VideoCapture(device, cv2.CAP_ANY if isinstance(device, int) else cv2.CAP_V4L2)
         if not self._device.isOpened():

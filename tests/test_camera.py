@@ -210,7 +210,7 @@ def fake_opencv(monkeypatch: pytest.MonkeyPatch, images: list[Any], rate: float 
         def release(self) -> None:
             cv2.released.append(True)
 
-    cv2.VideoCapture, cv2.setLogLevel = VideoCapture, lambda level: None
+    cv2.VideoCapture = VideoCapture
     monkeypatch.setitem(sys.modules, "cv2", cv2)
     return cv2
 
@@ -258,6 +258,12 @@ def test_cameras_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(MissingPackage, match=r"driving with camera 0 needs the package cv2, .*'dagan-rt\[webcam\]'"):
         open_source("0")
+
+
+def test_opencv_itself_finds_no_camera_there() -> None:
+    pytest.importorskip("cv2")
+    with pytest.raises(InputError, match="camera /dev/null cannot be opened: there is none"):
+        open_source("/dev/null")
 
 
 def missing(name: str) -> Any:

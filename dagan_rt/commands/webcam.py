@@ -73,6 +73,10 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check every input, then run the session; returns 0, or 130 when Ctrl-C ended it."""
     _check_options(arguments)
+    # OpenCV would tell each way it tried to open a camera that is not there, and Qt what fonts it misses, though all
+    # text is drawn here. Both read this once, when they are imported.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")
     if not arguments.no_window:
         # Before PyAV, which the imports below bring along: the other way round, each library has an X11 client of its
         # own, and the window takes those of both and hangs.
@@ -139,8 +143,6 @@ def _session(
 
 def check_windows() -> Any:
     """OpenCV, with which a window can be opened here; InputError if none can."""
-    # What Qt has to say about fonts: the window's text is not drawn by it.
-    os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")
     cv2 = require("cv2", extra="webcam", why="the window (or give --no-window)")
     framework = cv2.currentUIFramework()
     if not framework:

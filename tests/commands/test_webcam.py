@@ -152,7 +152,7 @@ def fake_opencv(monkeypatch: pytest.MonkeyPatch, images: int = 10**9, keys: dict
         pressed = left.pop(len(cv2.shown), "")
         return ord(pressed) if pressed else -1
 
-    cv2.VideoCapture, cv2.setLogLevel, cv2.pollKey = VideoCapture, lambda level: None, poll
+    cv2.VideoCapture, cv2.pollKey = VideoCapture, poll
     cv2.currentUIFramework = lambda: cv2.framework
     cv2.namedWindow = lambda name, kind: cv2.told.add(f"window {name}")
     cv2.resizeWindow = lambda name, width, height: cv2.told.add((width, height))
@@ -394,7 +394,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 def test_the_window_shows_the_row_and_gives_the_keys(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cv2 = fake_opencv(monkeypatch, keys={2: "N", 4: "\x1b"})
-    assert webcam(files, window=True, driver="0") == 0
+    assert webcam(files, "--frames", "9", window=True, driver="0") == 0
     assert StandIn.made[0].sources == [150, 170] and len(cv2.shown) == 4
     assert cv2.told >= {"window dagan-rt", (3 * PANEL, cv2.shown[0].shape[0]), "destroyed", "released"}
     for image, portrait in zip(cv2.shown, (150, 150, 170, 170), strict=True):
@@ -422,7 +422,7 @@ def test_nothing_but_a_cameras_window_is_mirrored(files: dict[str, Any], monkeyp
 def test_closing_the_window_ends_the_session(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cv2 = fake_opencv(monkeypatch)
     cv2.closed_after = 3
-    assert webcam(files, window=True, driver="0") == 0
+    assert webcam(files, "--frames", "9", window=True, driver="0") == 0
     assert len(cv2.shown) == 3
 
 
