@@ -256,6 +256,19 @@ class Computed:
         return self._outcome
 
 
+class Together:
+    """Batches of one frame under way in several sessions: `result` is [1, N, H, W, 3], their images in order."""
+
+    def __init__(self, pending: Sequence[Pending]) -> None:
+        self._pending = pending
+
+    def done(self) -> bool:
+        return all(one.done() for one in self._pending)
+
+    def result(self) -> np.ndarray:
+        return np.stack([one.result()[0] for one in self._pending])[None]
+
+
 def find_keypoints(backend: Backend, image: np.ndarray) -> KeyPoints:
     """What `Frames.keypoints` gives, by the backend's graph."""
     return on_host(backend, backend.run("driving", {"image": backend.from_image(image)}))

@@ -9,27 +9,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
 
     from dagan_rt.frames import Pending
-    from dagan_rt.video import Frame
+    from dagan_rt.reenactor import Reenactor
 
 ROOM = 3  # items that wait between two parts: enough to even out a slow key frame, few enough to hold
 Item = TypeVar("Item")
-
-
-class Driven(Protocol):
-    """What frames are submitted to: a `Reenactor`, or several of them."""
-
-    @property
-    def frames(self) -> Any:
-        """Of which `ahead` is how many submitted frames may be under way."""
-
-    def submit(self, frame: np.ndarray) -> Pending:
-        """Enqueue a frame; the `result()` of what comes back is [1, ...]."""
 
 
 class Summary(NamedTuple):
@@ -47,33 +36,37 @@ class Summary(NamedTuple):
 
 
 def run(
-    frames: Iterable[Frame],
-    reenactor: Driven,
-    write: Callable[[Frame, np.ndarray], Any],
+    frames: Iterable[Item],
+    reenactor: Reenactor,
+    write: Callable[[Item, np.ndarray], Any],
     stop: threading.Event | None = None,
+    submit: Callable[[Item], Pending] | None = None,
 ) -> Summary:
     """Drive `reenactor` with every frame and write every result, in order, all three parts at the same time.
 
     frames: `Frame`s whose images `reenactor` takes; read in a second thread.
     reenactor: with its source set. The calling thread submits to it, up to `frames.ahead` before it takes the first
         result; a CPU engine computes within `submit`, so there the calling thread is the worker.
-    write: called in a third thread with a frame and its result: uint8 [H, W, 3] of a `Reenactor`.
+    write: called in a third thread with a frame and its result, uint8 [H, W, 3].
     stop: once set, no more frames are submitted.
+    submit: what submits an item instead of `reenactor.submit(frame.image)`; items may then be anything, and results the
+        first of whatever comes of them.
 
     At most `ROOM` frames wait in front of the model, and `ROOM` results behind it besides those under way.
     What goes wrong in any part ends all of them and is raised here, once, as it came; frames before one that cannot be
     read or driven are still written, as they are after `stop`. KeyboardInterrupt drops them. No thread is left.
     """
     start = time.perf_counter()
-    decoded: Channel[Frame] = Channel()
-    driven: Channel[tuple[Frame, np.ndarray]] = Channel(ROOM + reenactor.frames.ahead)
+    submit = submit or (lambda frame: reenactor.submit(frame.image))  # type: ignore[attr-defined]
+    decoded: Channel[Item] = Channel()
+    driven: Channel[tuple[Item, np.ndarray]] = Channel(ROOM + reenactor.frames.ahead)
     failure = None
     with ThreadPoolExecutor(2, "pipeline") as threads:
         try:
             reading = threads.submit(_read, frames, decoded)
             writing = threads.submit(_write, driven, write)
             try:
-                seconds = _drive(reenactor, decoded, driven, stop or threading.Event())
+                seconds = _drive(submit, reenactor.frames.ahead, decoded, driven, stop or threading.Event())
             except Exception as error:  # raised once the results before it are written
                 failure = error
             decoded.leave()
@@ -126,11 +119,15 @@ def _read(items: Iterable[Item], channel: Channel[Item]) -> float:
 
 
 def _drive(
-    reenactor: Driven, decoded: Channel[Frame], driven: Channel[tuple[Frame, np.ndarray]], stop: threading.Event
+    submit: Callable[[Item], Pending],
+    ahead: int,
+    decoded: Channel[Item],
+    driven: Channel[tuple[Item, np.ndarray]],
+    stop: threading.Event,
 ) -> array[float]:
     """Submit the frames and hand on their results; the seconds that each took."""
     seconds, finished = array("d"), 0.0
-    under_way: deque[tuple[Frame, Pending, float]] = deque()
+    under_way: deque[tuple[Item, Pending, float]] = deque()
 
     def finish_oldest() -> None:
         nonlocal finished
@@ -146,14 +143,12 @@ def _drive(
             break
         try:
             start = time.perf_counter()
-            under_way.append((frame, reenactor.submit(frame.image), start))
+            under_way.append((frame, submit(frame), start))
         except Exception as error:  # what is under way may still be good
             failure = error
             break
         # Nothing stays under way while this thread waits for another: no result is late, and the times are true.
-        while under_way and (
-            len(under_way) >= reenactor.frames.ahead or not decoded or len(driven) + len(under_way) >= driven.room
-        ):
+        while under_way and (len(under_way) >= ahead or not decoded or len(driven) + len(under_way) >= driven.room):
             finish_oldest()
     while under_way:
         finish_oldest()
@@ -162,7 +157,7 @@ def _drive(
     return seconds
 
 
-def _write(channel: Channel[tuple[Frame, np.ndarray]], write: Callable[[Frame, np.ndarray], Any]) -> float:
+def _write(channel: Channel[tuple[Item, np.ndarray]], write: Callable[[Item, np.ndarray], Any]) -> float:
     """Write the results as they come; the seconds that took."""
     seconds = 0.0
     try:

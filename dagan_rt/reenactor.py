@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dagan_rt import backends
-from dagan_rt.bundle import Bundle
+from dagan_rt.bundle import WEIGHTS, Bundle
 from dagan_rt.errors import InputError
 from dagan_rt.frames import Frames, Pending, open_frames
 from dagan_rt.keypoints import KeyPoints
@@ -57,7 +57,7 @@ class Reenactor:
         check_motion(motion, adapt_scale)
         self._motion, self._adapt_scale = motion, adapt_scale
         opening = _open_remote if is_address(bundle) else _open_here
-        self._frames, self._more, self._backend_name, self._reason = opening(bundle, backend, threads)
+        self._frames, self._more, self._backend_name, self._reason, self._model = opening(bundle, backend, threads)
         self._has_source = self._begun = False
         self._last: Pending | None = None
 
@@ -81,6 +81,11 @@ class Reenactor:
     def backend_name(self) -> str:
         """The backend in use, which "auto" chose."""
         return self._backend_name
+
+    @property
+    def model(self) -> str:
+        """SHA-256 of the weights that find key points, as their checkpoint; "" where they are unknown (a server's)."""
+        return self._model
 
     @property
     def backend_reason(self) -> str:
@@ -142,10 +147,7 @@ class Reenactor:
         if not self._has_source:
             raise InputError("drive needs a source: call set_source(image) first")
         checked = check_image("frame", frame, self.size)
-        if not self._begun:
-            self._check_idle("a new initial frame")
-            self._frames.begin(0, checked if self._motion == "relative" else None, self._adapt_scale)
-            self._begun = True
+        self._begin(checked)
         self._last = self._frames.submit([0], [checked])
         return self._last
 
@@ -164,9 +166,7 @@ class Reenactor:
         if not self._has_source:
             raise InputError("submit_points needs a source: call set_source(image) first")
         _check_points(points, self._frames.num_keypoints)  # type: ignore[attr-defined]
-        if not self._begun:
-            self._frames.begin(0, points if self._relative else None, self._adapt_scale)  # type: ignore[arg-type]
-            self._begun = True
+        self._begin(points)
         self._last = submit(0, points)
         return self._last
 
@@ -184,6 +184,13 @@ class Reenactor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _begin(self, first: Any) -> None:
+        """Make the first frame, or key points, of a session the initial ones."""
+        if not self._begun:
+            self._check_idle("a new initial frame")
+            self._frames.begin(0, first if self._motion == "relative" else None, self._adapt_scale)
+            self._begun = True
 
     def _check_idle(self, what: str) -> None:
         if self._last is not None and not self._last.done():
@@ -235,17 +242,18 @@ def open_loaded(
 
 def _open_here(
     bundle: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
-) -> tuple[Frames, Callable[[], Frames], str, str]:
-    """The frames of a bundle in a backend, what makes more of them, the backend's name, and why this one."""
+) -> tuple[Frames, Callable[[], Frames], str, str, str]:
+    """The frames of a bundle in a backend, what makes more of them, the backend's name, why this one, the weights."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     loaded, reason = open_loaded(opened, backend, threads)
     more = partial(open_frames, loaded, opened)
-    return more(), more, loaded.name, reason
+    weights = opened.manifest["files"].get(WEIGHTS, {}).get("sha256", "")
+    return more(), more, loaded.name, reason, weights
 
 
 def _open_remote(
     url: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
-) -> tuple[Frames, Callable[[], Frames], str, str]:
+) -> tuple[Frames, Callable[[], Frames], str, str, str]:
     """The same of a server."""
     from dagan_rt.serving.remote import RemoteFrames
 
@@ -253,4 +261,4 @@ def _open_remote(
         raise InputError(f"the server at {url} has a backend and threads of its own: leave out backend and threads")
     more = partial(RemoteFrames, str(url))
     frames = more()
-    return frames, more, frames.name, frames.reason
+    return frames, more, frames.name, frames.reason, ""

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagan_rt.commands.animate import add_model_options, check_options, keeping, open_reenactor, stop_on_interrupt
+from dagan_rt.commands.shared import add_model_options, check_options, keeping, open_reenactor, stop_on_interrupt
 from dagan_rt.errors import InputError, require
 
 if TYPE_CHECKING:
