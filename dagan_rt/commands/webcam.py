@@ -168,7 +168,11 @@ class Window:
         """Show one frame, see `draw`."""
         image = draw(view, self._mirror)
         if not self._shown:
-            self._cv2.resizeWindow(TITLE, image.shape[1], image.shape[0])
+            try:
+                self._cv2.resizeWindow(TITLE, image.shape[1], image.shape[0])
+            except self._cv2.error:  # closed while the model was loaded
+                self._pressed += "q"
+                return
         self._cv2.imshow(TITLE, self._cv2.cvtColor(image, self._cv2.COLOR_RGB2BGR))
         self._shown = True
         self._poll()

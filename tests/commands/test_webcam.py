@@ -426,6 +426,16 @@ def test_closing_the_window_ends_the_session(files: dict[str, Any], monkeypatch:
     assert len(cv2.shown) == 3
 
 
+def test_closing_the_window_while_the_model_is_loaded(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def resize(*_: Any) -> None:
+        raise KeyError("NULL guiReceiver (please create a window)")
+
+    cv2 = fake_opencv(monkeypatch)
+    cv2.resizeWindow = resize
+    assert webcam(files, "--frames", "9", window=True, driver="0") == 0
+    assert cv2.shown == [] and len(levels_of(files["out"])) == 1
+
+
 def test_where_no_window_can_be_opened(
     files: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
