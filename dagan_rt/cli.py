@@ -12,7 +12,9 @@ from dagan_rt import __version__
 from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.tables import printable
 
-COMMANDS = ("animate", "webcam", "explain", "info", "prepare", "train", "evaluate", "heads", "bench", "triton")
+COMMANDS = (
+    "animate", "motion", "webcam", "explain", "info", "prepare", "train", "evaluate", "heads", "bench", "triton",
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from dagan_rt.smoothing import OneEuro
 from dagan_rt.template import ENDING, Moment, Template
 from dagan_rt.video import Frame, VideoReader
 
-LEAST_CUTOFF, BETA = 2.0, 4.0
-"""Of the filter of key points, Hz, and Hz for one unit of their coordinates a second: what `docs` calls jitter, a pixel
-or so from frame to frame, is damped, and a head that turns is not held back by more than a frame."""
+LEAST_CUTOFF, BETA = 1.0, 20.0
+"""Of the filter of key points, Hz, and Hz for one unit of their coordinates a second: what trembles in noise is damped
+to a sixth, and what moves lags by a third of a frame (`benchmarks/smoothing.py`)."""
 
 Watch = Callable[[int | None, str], AbstractContextManager[Any]]
 """(frames, what is done) -> a progress bar: a context whose value has `update()`."""
@@ -168,12 +168,3 @@ class Steady:
 def open_driver(path: Path) -> Clip | Recorded:
     """A template where the name ends in .motion, else a clip."""
     return Recorded(path) if path.suffix.lower() == ENDING else Clip(path)
-
-
-def unwatched(frames: int | None, what: str) -> AbstractContextManager[Any]:
-    """No progress bar."""
-
-    class Silent:
-        def update(self) -> None: ...
-
-    return nullcontext(Silent())

@@ -23,17 +23,25 @@ if TYPE_CHECKING:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what every command that animates takes; `check_options` and `open_reenactor` read it."""
-    parser.add_argument(
-        "--bundle",
-        required=True,
-        metavar="DIR",
-        help="exported model (a folder), or a server that serves one (grpc://host:8001, http://host:8000)",
-    )
+    add_backend_options(parser)
     parser.add_argument(
         "--absolute", action="store_true", help="take over the driving pose itself, not its change since frame 1"
     )
     parser.add_argument(
         "--adapt-scale", action="store_true", help="scale the motion by the ratio of the two faces' sizes"
+    )
+    parser.add_argument(
+        "--crf", type=int, default=18, metavar="N", help="H.264 quality from 0 (lossless) to 51, default 18"
+    )
+
+
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that runs a model takes; `check_threads` and `open_reenactor` read it."""
+    parser.add_argument(
+        "--bundle",
+        required=True,
+        metavar="DIR",
+        help="exported model (a folder), or a server that serves one (grpc://host:8001, http://host:8000)",
     )
     parser.add_argument(
         "--backend",
@@ -42,9 +50,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"auto (default: the fastest that runs here), {', '.join(_backends())}",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the backend (default: its own choice)")
-    parser.add_argument(
-        "--crf", type=int, default=18, metavar="N", help="H.264 quality from 0 (lossless) to 51, default 18"
-    )
 
 
 def add_crop_options(parser: argparse.ArgumentParser, of: str) -> None:
@@ -76,8 +81,7 @@ def check_options(arguments: argparse.Namespace) -> None:
     """Refuse numbers out of their range, and options that exclude one another."""
     if not 0 <= arguments.crf <= 51:
         raise InputError(f"--crf must be between 0 and 51, got {arguments.crf}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise InputError(f"--threads must be at least 1, got {arguments.threads}")
+    check_threads(arguments)
     for option in ("adapt_scale", "find_best_frame"):
         if arguments.absolute and getattr(arguments, option, False):
             raise InputError(
@@ -86,16 +90,22 @@ def check_options(arguments: argparse.Namespace) -> None:
             )
 
 
+def check_threads(arguments: argparse.Namespace) -> None:
+    """Refuse fewer threads than one."""
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError(f"--threads must be at least 1, got {arguments.threads}")
+
+
 def open_reenactor(arguments: argparse.Namespace) -> Reenactor:
-    """The model that the options name."""
+    """The model that the options name; without options of motion, relative."""
     from dagan_rt.reenactor import Reenactor
 
     options = {} if arguments.threads is None else {"threads": arguments.threads}
     return Reenactor(
         arguments.bundle,
         backend=arguments.backend,
-        motion="absolute" if arguments.absolute else "relative",
-        adapt_scale=arguments.adapt_scale,
+        motion="absolute" if getattr(arguments, "absolute", False) else "relative",
+        adapt_scale=getattr(arguments, "adapt_scale", False),
         **options,
     )
 

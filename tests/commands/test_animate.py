@@ -22,6 +22,7 @@ from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.faces import Face
 from dagan_rt.files import AtomicFile
 from dagan_rt.keypoints import KeyPoints
+from dagan_rt.template import Moment, Template
 from dagan_rt.transfer import hull_area
 
 SIZE = 32
@@ -633,6 +634,81 @@ def test_every_pixel_is_that_of_one_frame_after_the_other(
     assert len(expected) == 12 and len({image.tobytes() for image in expected}) == 12
     np.testing.assert_array_equal(encoded, expected)
     assert len(levels_of(files["out"])) == 12
+
+
+@pytest.mark.parametrize("options", [(), ("--absolute",), ("--adapt-scale",), ("--find-best-frame",), ("--smooth",)])
+def test_a_motion_template_drives_as_its_video(
+    files: dict[str, Path], tiny_bundle: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dagan_rt.video import VideoWriter
+
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (80, 70, 3), dtype=np.uint8)).save(files["source"])
+    write_clip(files["driving"], rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2), True)
+    written: list[tuple[np.ndarray, Any, Any]] = []
+    original = VideoWriter.write
+
+    def write(writer: VideoWriter, image: np.ndarray, time: Any, duration: Any) -> None:
+        written.append((image.copy(), time, duration))
+        original(writer, image, time, duration)
+
+    monkeypatch.setattr(VideoWriter, "write", write)
+    common = ("--bundle", str(tiny_bundle), "--backend", "onnxruntime", "--threads", "1")
+    template = files["driving"].with_suffix(".motion")
+    assert main(["motion", *common, "--driving", str(files["driving"]), "--out", str(template)]) == 0
+    assert animate(files, *common[2:], *options, bundle=tiny_bundle) == 0
+    by_video, written[:] = written.copy(), []
+    files["driving"].unlink()
+    assert animate(files, *common[2:], *options, bundle=tiny_bundle, driving=template) == 0
+    assert len(written) == len(by_video) == 8
+    for (image, *when), (expected, *then) in zip(written, by_video, strict=True):
+        np.testing.assert_array_equal(image, expected)
+        assert when == then
+    with av.open(str(files["out"])) as container:
+        assert not container.streams.audio and len(container.streams.video) == 1
+
+
+def test_smoothed_key_points_drive(files: dict[str, Path], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagan_rt.driving import Steady
+    from dagan_rt.images import center_square, read_image
+    from dagan_rt.reenactor import Reenactor
+    from dagan_rt.video import VideoReader, VideoWriter
+
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(files["source"])
+    write_clip(files["driving"], rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2))
+    encoded: list[np.ndarray] = []
+    monkeypatch.setattr(VideoWriter, "write", lambda writer, image, *when: encoded.append(image.copy()))
+    common = ("--backend", "onnxruntime", "--threads", "1", "--smooth")
+    animate(files, *common, bundle=tiny_bundle)
+    model = Reenactor(tiny_bundle, "onnxruntime", threads=1)
+    model.set_source(center_square(read_image(files["source"]), model.size))
+    steady, expected, rough = Steady(), [], []
+    with VideoReader(files["driving"]) as reader:
+        for frame in reader.timed():
+            points = model.keypoints(center_square(frame.image, model.size))
+            rough.append(points.value)
+            expected.append(model.submit_points(steady(points, frame.time)).result()[0])
+    np.testing.assert_array_equal(encoded, expected)
+    smooth = Steady()
+    damped = [smooth(KeyPoints(value, np.zeros((1, 15, 2, 2))), Fraction(n, 25)).value for n, value in enumerate(rough)]
+    assert np.abs(np.diff(damped, axis=0)).mean() < 0.9 * np.abs(np.diff(rough, axis=0)).mean()
+
+
+def test_a_template_is_of_other_weights(
+    files: dict[str, Path], tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = files["driving"].with_suffix(".motion")
+    one = KeyPoints(np.zeros((1, 15, 2), np.float32), np.zeros((1, 15, 2, 2), np.float32))
+    Template.of([Moment(one, Fraction(0), Fraction(1, 25))], Fraction(25), "ab" * 32).write(template)
+    assert animate(files, bundle=tiny_bundle, driving=template) == 2
+    assert "was recorded with other weights (abababababab…)" in capsys.readouterr().err
+    assert animate(files, "--side-by-side", bundle=tiny_bundle, driving=template) == 2
+    assert f"--side-by-side shows driving frames, and motion template {template} holds none" in capsys.readouterr().err
+    template.write_bytes(b"no")
+    assert animate(files, bundle=tiny_bundle, driving=template) == 2
+    assert f"motion template {template} is damaged or no template" in capsys.readouterr().err
+    assert list(files["out"].parent.iterdir()) == []
 
 
 def shape_of(points: np.ndarray) -> np.ndarray:
