@@ -166,6 +166,13 @@ class Bundle:
         listed = all(f"{DEPTH_WEIGHTS}/{name}" in self.manifest["files"] for name in ("encoder.pth", "depth.pth"))
         return self.path / DEPTH_WEIGHTS if listed else None
 
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the digests of all weights' files, the same in whatever form they were exported; "" without."""
+        files = self.manifest["files"]
+        digests = [files[name]["sha256"] for name in sorted(files) if Path(name).parts[0] == Path(WEIGHTS).parts[0]]
+        return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
 
 def describe(bundle: Bundle) -> str:
     """A table of the bundle's files, graphs and measured errors, for a person to read."""

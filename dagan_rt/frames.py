@@ -61,11 +61,12 @@ class Frames(Protocol):
     def set_source(self, slot: int, image: np.ndarray) -> None:
         """Compute a slot's source from an image, uint8 [H, W, 3], and wait for it; its session must begin anew."""
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
         """Set a session's initial key points: those of `frame` (relative motion), or the source's own (absolute).
 
         frame: uint8 [H, W, 3] or None. adapt_scale: scale the movement by the size of the source's face over that of
-        the face in `frame`; InputError if either spans no area.
+        the face in `frame`; InputError if either spans no area. motion_scale: scale it by this, too; 1 where `frame` is
+        None.
         """
 
     def submit(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Pending:
@@ -140,7 +141,9 @@ class GraphFrames:
         self._sources[slot] = {name: array for name, array in arrays.items() if name in self._kept}
         self._initial[slot] = self._first[slot] = None
 
-    def begin(self, slot: int, frame: np.ndarray | KeyPoints | None, adapt_scale: bool = False) -> None:
+    def begin(
+        self, slot: int, frame: np.ndarray | KeyPoints | None, adapt_scale: bool = False, motion_scale: float = 1.0
+    ) -> None:
         """As in `Frames`, or from key points; absolute motion is relative motion from the source's own points."""
         source = self._sources[slot]
         if source is None:
@@ -150,7 +153,7 @@ class GraphFrames:
             initial = self._given(frame) if isinstance(frame, KeyPoints) else self._find(frame)
             if adapt_scale:
                 scale = movement_scale(on_host(self._backend, source), on_host(self._backend, initial))
-        movement = {"scale": self._backend.from_numpy(np.array([[scale]], np.float32))}
+        movement = {"scale": self._backend.from_numpy(np.array([[scale * motion_scale]], np.float32))}
         self._first[slot] = (frame.copy(), initial) if isinstance(frame, np.ndarray) else None
         self._initial[slot] = _named("initial", initial) | movement
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dagan_rt import backends
-from dagan_rt.bundle import WEIGHTS, Bundle
+from dagan_rt.bundle import Bundle
 from dagan_rt.errors import InputError
 from dagan_rt.frames import Frames, Pending, open_frames
 from dagan_rt.keypoints import KeyPoints
@@ -38,6 +38,7 @@ class Reenactor:
         motion: str = "relative",
         adapt_scale: bool = False,
         *,
+        motion_scale: float = 1.0,
         threads: int | None = None,
     ) -> None:
         """Open a bundle and load it into a backend.
@@ -49,13 +50,16 @@ class Reenactor:
         motion: "relative" moves the source as the driving face moved since its first frame, and keeps the source's
             shape; "absolute" puts the source's key points where the driving face has them (paper, Section 3.4).
         adapt_scale: with relative motion, scale the movement by the size of the source face over the driving one.
+        motion_scale: with relative motion, how far the source moves for what the driving face moves, 0 to 4: below 1
+            is calmer, above 1 exaggerates.
         threads: CPU threads; None takes all cores.
 
         Raises InputError if the bundle is damaged, the backend cannot run here or the server cannot be used,
         ValueError for a wrong argument.
         """
         check_motion(motion, adapt_scale)
-        self._motion, self._adapt_scale = motion, adapt_scale
+        _check_motion_scale(motion, motion_scale)
+        self._motion, self._adapt_scale, self._motion_scale = motion, adapt_scale, motion_scale
         opening = _open_remote if is_address(bundle) else _open_here
         self._frames, self._more, self._backend_name, self._reason, self._model = opening(bundle, backend, threads)
         self._has_source = self._begun = False
@@ -84,7 +88,7 @@ class Reenactor:
 
     @property
     def model(self) -> str:
-        """SHA-256 of the weights that find key points, as their checkpoint; "" where they are unknown (a server's)."""
+        """What tells the weights from others, `Bundle.weights_digest`; "" where they are unknown (a server's)."""
         return self._model
 
     @property
@@ -189,7 +193,10 @@ class Reenactor:
         """Make the first frame, or key points, of a session the initial ones."""
         if not self._begun:
             self._check_idle("a new initial frame")
-            self._frames.begin(0, first if self._motion == "relative" else None, self._adapt_scale)
+            relative = self._motion == "relative"
+            self._frames.begin(
+                0, first if relative else None, self._adapt_scale, self._motion_scale if relative else 1.0
+            )
             self._begun = True
 
     def _check_idle(self, what: str) -> None:
@@ -208,6 +215,13 @@ def check_motion(motion: str, adapt_scale: bool) -> None:
         raise InputError(f"motion must be {' or '.join(MOTIONS)}, got {motion!r}")
     if adapt_scale and motion == "absolute":
         raise InputError("adapt_scale scales relative motion: it cannot be used with motion='absolute'")
+
+
+def _check_motion_scale(motion: str, motion_scale: float) -> None:
+    if not 0 <= motion_scale <= 4:
+        raise InputError(f"motion_scale must be 0 to 4, got {motion_scale}")
+    if motion_scale != 1 and motion == "absolute":
+        raise InputError("motion_scale scales relative motion: it cannot be used with motion='absolute'")
 
 
 def check_image(name: str, image: Any, size: int) -> np.ndarray:
@@ -247,8 +261,7 @@ def _open_here(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     loaded, reason = open_loaded(opened, backend, threads)
     more = partial(open_frames, loaded, opened)
-    weights = opened.manifest["files"].get(WEIGHTS, {}).get("sha256", "")
-    return more(), more, loaded.name, reason, weights
+    return more(), more, loaded.name, reason, opened.weights_digest
 
 
 def _open_remote(

@@ -255,7 +255,7 @@ def test_one_slot_of_a_backends_own_frames_does_it_all(bundle: Bundle) -> None:
         assert (reenactor.drive(picture(2)) == 7).all() and reenactor.frames is backend
     calls = [call[0] for call in backend.calls]
     assert backend.calls[0] == ("frames", 1, (1,)) and calls[1:] == ["set_source", "begin", "submit", "close"]
-    assert backend.calls[1:3] == [("set_source", 0), ("begin", 0, True)]
+    assert backend.calls[1:3] == [("set_source", 0), ("begin", 0, True, 1.0)]
     with pytest.raises(InputError, match="call set_source"):
         reenactor.drive(picture(1))
 
@@ -353,3 +353,22 @@ def test_key_points_that_cannot_drive(bundle: Bundle) -> None:
 
     with pytest.raises(InputError, match="backend whole cannot be driven by key points: take onnxruntime, openvino"):
         Reenactor(bundle, Whole()).submit_points(points)
+
+
+def test_motion_is_scaled(bundle: Bundle) -> None:
+    backend = Arithmetic()
+    for scale, adapt_scale in ((0.5, False), (2.0, True), (0.0, False)):
+        reenactor = Reenactor(bundle, backend, adapt_scale=adapt_scale, motion_scale=scale)
+        reenactor.set_source(picture(100))
+        reenactor.drive(picture(50))
+        reenactor.drive(picture(60))
+        expected = scale * (2 if adapt_scale else 1)  # the source's face is twice as large
+        np.testing.assert_allclose(backend.motion["scale"], [[expected]], rtol=1e-6)
+    reenactor.set_motion("absolute")
+    reenactor.drive(picture(60))
+    np.testing.assert_array_equal(backend.motion["scale"], [[1]])
+    for wrong in (-0.1, 4.1, float("nan")):
+        with pytest.raises(InputError, match=f"motion_scale must be 0 to 4, got {wrong}"):
+            Reenactor(bundle, backend, motion_scale=wrong)
+    with pytest.raises(InputError, match="cannot be used with motion='absolute'"):
+        Reenactor(bundle, backend, "absolute", motion_scale=0.5)

@@ -76,7 +76,7 @@ class EngineFrames:
                     _copy_row(stream, self._pools[name], slot, arrays[name])
             self._sourced[slot] = True
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
         """As in `Frames`; absolute motion is relative motion from the source's own points."""
         self._check((slot,))
         if not self._sourced[slot]:
@@ -90,7 +90,7 @@ class EngineFrames:
                     scale = movement_scale(_on_host(stream, source), _on_host(stream, initial))
             for name in POINTS:
                 _copy_row(stream, self._pools[f"initial_{name}"], slot, initial[name])
-            stream.upload(self._pools["scale"].rows(slot, 1).pointer, np.array([scale], np.float32))
+            stream.upload(self._pools["scale"].rows(slot, 1).pointer, np.array([scale * motion_scale], np.float32))
             self._begun[slot] = True
 
     def submit(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> RingPending:

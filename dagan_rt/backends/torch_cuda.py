@@ -130,7 +130,7 @@ class TorchCudaFrames:
                 if name in found:
                     pool[slot].copy_(found[name][0])
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
         """As in `Frames`."""
         torch = self._torch
         with self._aside("the beginning of a session"):
@@ -146,7 +146,7 @@ class TorchCudaFrames:
                     scale = movement_scale(self._on_host(source), self._on_host(initial))
             for name, values in zip(("initial_value", "initial_jacobian"), initial, strict=True):
                 pools[name][slot].copy_(values)
-            pools["scale"][slot].fill_(scale)
+            pools["scale"][slot].fill_(scale * motion_scale)
 
     def submit(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Pending:
         """As in `Frames`."""

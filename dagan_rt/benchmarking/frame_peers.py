@@ -159,9 +159,9 @@ class TorchFrames:
         """As in `Frames`."""
         self._source = torch.from_numpy(image[None].copy()).to(self._place)
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
-        """As in `Frames`, without `adapt_scale`."""
-        if self._source is None or adapt_scale:
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
+        """As in `Frames`, without `adapt_scale` and `motion_scale`."""
+        if self._source is None or adapt_scale or motion_scale != 1:
             raise InputError("a peer's session needs a source, and has no adapted scale")
         first = None if frame is None else torch.from_numpy(frame[None].copy()).to(self._place)
         with self._settings():

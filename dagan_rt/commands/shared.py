@@ -31,6 +31,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--adapt-scale", action="store_true", help="scale the motion by the ratio of the two faces' sizes"
     )
     parser.add_argument(
+        "--motion-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="move X times as far as the driving face, 0 to 4 (default 1)",
+    )
+    parser.add_argument(
         "--crf", type=int, default=18, metavar="N", help="H.264 quality from 0 (lossless) to 51, default 18"
     )
 
@@ -82,6 +89,10 @@ def check_options(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.crf <= 51:
         raise InputError(f"--crf must be between 0 and 51, got {arguments.crf}")
     check_threads(arguments)
+    if not 0 <= arguments.motion_scale <= 4:
+        raise InputError(f"--motion-scale must be 0 to 4, got {arguments.motion_scale}")
+    if arguments.absolute and arguments.motion_scale != 1:
+        raise InputError("--motion-scale is about motion since a first frame, which --absolute does without: give one")
     for option in ("adapt_scale", "find_best_frame"):
         if arguments.absolute and getattr(arguments, option, False):
             raise InputError(
@@ -106,6 +117,7 @@ def open_reenactor(arguments: argparse.Namespace) -> Reenactor:
         backend=arguments.backend,
         motion="absolute" if getattr(arguments, "absolute", False) else "relative",
         adapt_scale=getattr(arguments, "adapt_scale", False),
+        motion_scale=getattr(arguments, "motion_scale", 1.0),
         **options,
     )
 

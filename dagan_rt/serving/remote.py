@@ -43,8 +43,12 @@ class RemoteFrames:
         self._end(slot)
         self._sources[slot] = image.copy()
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
-        """As in `Frames`."""
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
+        """As in `Frames`, with `motion_scale` 1: the server has no other."""
+        if motion_scale != 1:
+            raise InputError(
+                f"a server's sessions move as far as the driving face: motion_scale must be 1, got {motion_scale}"
+            )
         source = self._sources[slot]
         if source is None:
             raise InputError(f"slot {slot} has no source: call set_source first")

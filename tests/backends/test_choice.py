@@ -105,7 +105,7 @@ def test_a_session_says_its_backend_and_why(stage: Stage, monkeypatch: pytest.Mo
     monkeypatch.setattr("dagan_rt.reenactor.open_frames", lambda backend, bundle: None)
     monkeypatch.setattr("dagan_rt.reenactor.Bundle", SimpleNamespace)
     stage.lacks = {FAST: "there is no GPU"}
-    reenactor = Reenactor(SimpleNamespace(**vars(BUNDLE)))  # type: ignore[arg-type]
+    reenactor = Reenactor(SimpleNamespace(**vars(BUNDLE), weights_digest="ab"))  # type: ignore[arg-type]
     assert reenactor.backend_name == SLOW
     assert reenactor.backend_reason == "the fastest that runs here; fast: there is no GPU"
 

@@ -163,11 +163,13 @@ def test_each_frame_is_driven_and_written_in_step(files: dict[str, Path], capsys
 def test_options_reach_the_model(files: dict[str, Path]) -> None:
     assert animate(files, "--absolute", "--backend", "torch", "--threads", "3") == 0
     assert StandIn.made[0].options == {
-        "bundle": str(files["bundle"]), "backend": "torch", "motion": "absolute", "adapt_scale": False, "threads": 3,
+        "bundle": str(files["bundle"]), "backend": "torch", "motion": "absolute", "adapt_scale": False,
+        "motion_scale": 1.0, "threads": 3,
     }  # fmt: skip
-    assert animate(files, "--adapt-scale") == 0
+    assert animate(files, "--adapt-scale", "--motion-scale", "0.5") == 0
     assert StandIn.made[1].options == {
         "bundle": str(files["bundle"]), "backend": "auto", "motion": "relative", "adapt_scale": True,
+        "motion_scale": 0.5,
     }  # fmt: skip
 
 
@@ -569,6 +571,8 @@ def test_no_face_is_one_sentence(files: dict[str, Path], detected: None, capsys:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--motion-scale", "5"), "--motion-scale must be 0 to 4, got 5.0"),
+        (("--motion-scale", "0.5", "--absolute"), "--motion-scale is about motion since a first frame"),
         (("--face", "2"), "--face 2 needs --crop auto"),
         (("--face", "0", "--crop", "auto"), "--face must be largest, all, or a number from 1, got '0'"),
         (("--face", "left", "--crop", "auto"), "--face must be largest, all, or a number from 1, got 'left'"),

@@ -232,11 +232,12 @@ def test_a_file_drives_a_portrait_and_the_result_is_recorded(
 def test_options_reach_the_model(files: dict[str, Any]) -> None:
     assert webcam(files, "--absolute", "--backend", "torch", "--threads", "3", out=None) == 0
     assert StandIn.made[0].options == {
-        "bundle": str(files["bundle"]), "backend": "torch", "motion": "absolute", "adapt_scale": False, "threads": 3,
+        "bundle": str(files["bundle"]), "backend": "torch", "motion": "absolute", "adapt_scale": False,
+        "motion_scale": 1.0, "threads": 3,
     }  # fmt: skip
     assert webcam(files, "--adapt-scale", "--frames", "1", bundle="grpc://host:8001", out=None) == 0
     assert StandIn.made[1].options == {
-        "bundle": "grpc://host:8001", "backend": "auto", "motion": "relative", "adapt_scale": True,
+        "bundle": "grpc://host:8001", "backend": "auto", "motion": "relative", "adapt_scale": True, "motion_scale": 1.0,
     }  # fmt: skip
     assert len(StandIn.made[1].driven) == 1
     assert list(files["out"].parent.iterdir()) == []
