@@ -14,7 +14,7 @@ import pytest
 from dagan_rt import InputError
 from dagan_rt.bundle import BatchProfile, Bundle, Graph
 from dagan_rt.export.subnetworks import subnetworks
-from dagan_rt.frames import GraphFrames, batch_sizes, open_frames
+from dagan_rt.frames import Computed, GraphFrames, Together, batch_sizes, open_frames
 from dagan_rt.networks.config import NetworkConfig
 
 SIZE = 32
@@ -257,3 +257,10 @@ def test_batch_sizes_go_as_far_as_the_backend(most: int, largest: int | None, si
 def test_wrong_numbers_are_refused(bundle: Bundle, slots: int, batches: tuple[int, ...], words: str) -> None:
     with pytest.raises(InputError, match=words):
         open_frames(Told(), bundle, slots, batches)
+
+
+def test_several_sessions_answer_in_their_order() -> None:
+    images = [picture(level) for level in (10, 20, 30)]
+    together = Together([Computed(image[None]) for image in images])
+    assert together.done()
+    np.testing.assert_array_equal(together.result(), np.stack(images)[None])
