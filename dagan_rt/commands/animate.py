@@ -73,6 +73,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--smooth", action="store_true", help="damp what trembles in the driving key points (one-euro filter)"
     )
+    parser.add_argument(
+        "--watermark",
+        choices=("visible", "invisible"),
+        help="mark the result as synthetic: visible is a word in its corner; invisible is found by dagan-rt info",
+    )
     parser.add_argument("--side-by-side", action="store_true", help="show portrait, driving frame and result in a row")
     parser.set_defaults(run=run)
 
@@ -115,6 +120,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
     """Refuse options about faces and pictures that exclude one another."""
     from dagan_rt.template import ENDING
 
+    if arguments.watermark == "invisible" and arguments.out.suffix.lower() == ".gif":
+        raise InputError(
+            "--watermark invisible does not survive the few colours of a .gif: take visible, or another --out"
+        )
     if arguments.side_by_side and arguments.driving.suffix.lower() == ENDING:
         raise InputError(f"--side-by-side shows driving frames, and motion template {arguments.driving} holds none")
     if arguments.face not in ("largest", "all") and not (arguments.face.isdecimal() and int(arguments.face) > 0):
@@ -165,6 +174,7 @@ def _animate(
     from dagan_rt import pipeline
     from dagan_rt.frames import Together
     from dagan_rt.video import VideoWriter
+    from dagan_rt.watermark import mark
 
     shown, width, height = _shown(arguments, portrait, driver.size)
     writer = VideoWriter(
@@ -173,7 +183,9 @@ def _animate(
     with writer, progress(driver.frame_count, "animating") as bar:
 
         def write(item: Any, results: np.ndarray) -> None:
-            writer.write(shown(item, results), item.time, item.duration)
+            image = shown(item, results)
+            marked = mark(image, arguments.watermark) if arguments.watermark else image
+            writer.write(marked, item.time, item.duration)
             bar.update()
 
         def submit(item: Any) -> Pending:

@@ -1,4 +1,4 @@
-"""`dagan-rt info`: what a checkpoint, an exported bundle or a server holds, and which backend would run it here."""
+"""`dagan-rt info`: what a checkpoint, a bundle or a server holds, which backend would run it, and who made a video."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ if TYPE_CHECKING:
     from dagan_rt.bundle import Bundle
     from dagan_rt.checkpoints import Checkpoint
 
+MEDIA = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".gif",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+)
+MARKED_FRAMES = 50  # of a video that are looked at
+
 
 def add_parser(subparsers: Any) -> None:
     """Register the command."""
@@ -23,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
         "file",
         nargs="?",
         metavar="FILE",
-        help="checkpoint (.pth.tar), bundle folder or a server's address (grpc://host:8001); none: the backends",
+        help="checkpoint (.pth.tar), bundle folder, a server's address (grpc://host:8001), or a picture or video, of "
+        "which is said whether it carries the invisible mark; none: the backends",
     )
     parser.add_argument("--depth", type=Path, metavar="DIR", help="folder with the checkpoint's encoder.pth, depth.pth")
     parser.set_defaults(run=run)
@@ -53,11 +72,33 @@ def run(args: argparse.Namespace) -> int:
         opened = bundle.Bundle.open(path)
         print(bundle.describe(opened), describe_backends(opened), sep="\n\n")
         return 0
+    if path.suffix.lower() in MEDIA:
+        if args.depth is not None:
+            raise InputError(f"--depth goes with a checkpoint, but {path} is a picture or a video")
+        print(describe_mark(path))
+        return 0
     require("torch", extra="export", why="reading a checkpoint")
     from dagan_rt.checkpoints import inspect
 
     print(describe(inspect(path, args.depth)))
     return 0
+
+
+def describe_mark(path: Path) -> str:
+    """Whether a picture or the first frames of a video carry the mark of `animate --watermark invisible`."""
+    from itertools import islice
+
+    from dagan_rt.images import is_still, read_image
+    from dagan_rt.video import VideoReader
+    from dagan_rt.watermark import SURE, detect
+
+    if is_still(path):
+        sure = detect([read_image(path)])
+    else:
+        with VideoReader(path) as reader:
+            sure = detect(islice(reader, MARKED_FRAMES))
+    verdict = "found: it is synthetic" if sure >= SURE else "not found, which says nothing where it was scaled or cut"
+    return f"{path}: invisible mark of dagan-rt {verdict} ({sure:.1f} standard deviations, {SURE:.0f} are needed)"
 
 
 def describe_backends(bundle: Bundle | None = None) -> str:

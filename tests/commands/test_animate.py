@@ -571,6 +571,7 @@ def test_no_face_is_one_sentence(files: dict[str, Path], detected: None, capsys:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--watermark", "invisible", "--out", "result.gif"), "--watermark invisible does not survive the few colours"),
         (("--motion-scale", "5"), "--motion-scale must be 0 to 4, got 5.0"),
         (("--motion-scale", "0.5", "--absolute"), "--motion-scale is about motion since a first frame"),
         (("--face", "2"), "--face 2 needs --crop auto"),
@@ -587,6 +588,23 @@ def test_options_about_faces_that_contradict(
     assert animate(files, *options) == 2
     assert message in capsys.readouterr().err
     assert list(files["out"].parent.iterdir()) == [] and StandIn.made == []
+
+
+def test_results_are_marked(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what is shown, side by side as well."""
+    from dagan_rt.watermark import detect, mark
+
+    monkeypatch.setattr(f"{__name__}.SIZE", 128)
+    for options, width in (((), 128), (("--side-by-side",), 384)):
+        assert animate(files, "--watermark", "invisible", *options) == 0
+        with av.open(str(files["out"])) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert frames[0].shape == (128, width, 3) and detect(frames) > 6
+    assert animate(files, "--watermark", "visible", "--crf", "0") == 0
+    with av.open(str(files["out"])) as container:
+        shown = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    expected = mark(np.full_like(shown, 255 - LEVELS[0]), "visible")
+    assert np.abs(shown.astype(int) - expected).mean() < 2 and np.abs(expected.astype(int) - expected[0, 0]).max() > 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------
