@@ -81,11 +81,11 @@ def beginning_of_sound(path: Path) -> float:
 def test_it_goes_through_with_the_sound_in_time(
     portrait: np.ndarray, times: list[Fraction], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dagan_rt import cropping
+    from dagan_rt import driving
     from dagan_rt.cropping import Square
 
     squares: list[Square] = []
-    follow = cropping.follow
+    follow = driving.follow
 
     def watched(*arguments: Any) -> Any:
         for frame, square in follow(*arguments):
@@ -93,7 +93,7 @@ def test_it_goes_through_with_the_sound_in_time(
             squares.append(square)
             yield frame, square
 
-    monkeypatch.setattr(cropping, "follow", watched)
+    monkeypatch.setattr(driving, "follow", watched)
     clip, source, out = record(tmp_path / "phone.mov", portrait, times), tmp_path / "source.jpg", tmp_path / "out.mp4"
     canvas = np.full((700, 901, 3), 90, np.uint8)
     canvas[300:556, 500:756] = portrait

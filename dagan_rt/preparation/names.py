@@ -112,7 +112,7 @@ def _clean(text: str, longest: int, keep: str = "") -> str:
 
 
 def _short_digest(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:10]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 
 
 def _read_csv(path: Path) -> dict[str, str]:
