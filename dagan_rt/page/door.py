@@ -51,8 +51,7 @@ class Door:
     def __init__(self, app: Any, folder: Path, most_bytes: int, hosts: tuple[str, ...]) -> None:
         """folder: where uploads and results lie. most_bytes: of an upload, all its files together.
 
-        hosts: names by which the server may be called, against pages elsewhere that lead a name to this machine; none
-        allows all.
+        hosts: names by which the server may be called; none allows all.
         """
         self._app, self._folder, self._most_bytes, self._hosts = app, folder, most_bytes, hosts
 
@@ -74,8 +73,8 @@ class Door:
     def _refused(self, scope: Message) -> tuple[int, str]:
         """Status and reason, by address, method and size; (0, "") where nothing speaks against it."""
         headers, path, method = dict(scope["headers"]), _path(scope), scope["method"]
-        host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
-        if self._hosts and host not in self._hosts:
+        # Against pages elsewhere that lead a name of theirs to this machine, or have a browser post to it.
+        if self._hosts and not (_name(headers.get(b"host")) in self._hosts and self._own(headers.get(b"origin"))):
             return 400, "This server does not go by that name."
         if method in ("GET", "HEAD"):
             if path in PAGES or path.startswith(READ) or (path.startswith(FILE) and self._ours(path[len(FILE) :])):
@@ -88,8 +87,12 @@ class Door:
             return 411, "A request must say how long it is."
         most = self._most_bytes if path.startswith(UPLOAD) else MOST_JSON
         if int(length) > most:
-            return 413, f"That is too large: {most / 1e6:.0f} MB are allowed."
+            return 413, f"That is too large: {most / 1e6:.3g} MB are allowed."
         return 0, ""
+
+    def _own(self, origin: bytes | None) -> bool:
+        """Whether a request comes from the page itself, where a browser says from which."""
+        return origin is None or _name(origin.partition(b"://")[2]) in self._hosts
 
     def _refused_body(self, body: bytes | None) -> tuple[int, str]:
         """The same, by the files that a request names."""
@@ -107,6 +110,11 @@ class Door:
             return False
         pure = PurePath(path)
         return ".." not in pure.parts and pure != self._folder and pure.is_relative_to(self._folder)
+
+
+def _name(host: bytes | None) -> str:
+    """A host without its port."""
+    return (host or b"").decode("latin-1").rsplit(":", 1)[0]
 
 
 def _path(scope: Message) -> str:

@@ -116,9 +116,11 @@ class Studio:
         try:
             self._model = _load_model(self.bundle)
         except MissingPackage:
-            self.blind = "What happens inside is not shown: PyTorch is missing here (pip install 'dagan-rt[torch]')."
+            self.blind = (
+                "What happens inside is not shown: PyTorch is not installed here (pip install 'dagan-rt[torch]')."
+            )
         except InputError as error:
-            self.blind = f"What happens inside is not shown: {sentence(error)}."
+            self.blind = f"What happens inside is not shown. {sentence(error)}."
 
     @property
     def size(self) -> int:

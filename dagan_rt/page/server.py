@@ -38,7 +38,7 @@ def serving(
             try:
                 yield f"http://{host}:{port}/"
             finally:
-                page.close()
+                page.close(verbose=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
