@@ -38,7 +38,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
                     with gr.Tab("Clip", elem_id="clip-tab"):
                         clip = gr.Video(
                             label=f"Clip, at most {studio.most_seconds:g} seconds", sources=["upload", "webcam"],
-                            include_audio=True, height=260, elem_id="clip", buttons=[],
+                            include_audio=True, height=300, elem_id="clip", buttons=[],
                         )  # fmt: skip
                         animate = gr.Button("Animate", variant="primary", elem_id="animate")
                         stop = gr.Button("Stop", visible=False, elem_id="stop")

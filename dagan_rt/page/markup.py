@@ -36,7 +36,8 @@ footer { display: none !important; }
 .hint { font-size: .85rem; }
 .hint h3 { margin: .6em 0 0; font-size: 1.05rem; }
 table.latency { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
-  margin: 0; border: 0; }
+  margin: 0; }
+table.latency, table.latency tbody, table.latency tr { border: 0 !important; }
 table.latency td { padding: .3em .8em .3em 0 !important; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; }
 table.latency td.ms { text-align: right; white-space: nowrap; }
@@ -95,7 +96,7 @@ def latency(rows: Sequence[Row]) -> str:
 
 def _figure(title: str, words: str, picture: np.ndarray | None) -> str:
     if picture is None:
-        shown = '<div class="empty">–</div>'
+        shown = '<div class="empty"></div>'
     else:
         data = base64.b64encode(encode_image(picture, "JPEG", quality=90)).decode()
         shown = f'<img alt="{escape(title)}" src="data:image/jpeg;base64,{data}">'

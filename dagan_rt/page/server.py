@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dagan_rt.errors import InputError, require
 from dagan_rt.page.runs import Studio
@@ -50,7 +51,7 @@ def wait() -> None:
         pass
 
 
-def _launch(studio: Studio, folder: Path, host: str, port: int, most_bytes: int, browser: bool) -> object:
+def _launch(studio: Studio, folder: Path, host: str, port: int, most_bytes: int, browser: bool) -> Any:
     import gradio as gr
     from starlette.middleware import Middleware
 
