@@ -26,7 +26,7 @@ SERVED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(SERVER_INS
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train-demo serve test test-slow test-kernels test-gpu lint types kernels dist clean distclean
+.PHONY: help install demo train-demo serve test test-slow test-kernels test-gpu lint types kernels docs dist clean distclean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -90,6 +90,10 @@ types: $(INSTALLED)  ## mypy
 
 kernels: $(INSTALLED)  ## compile the CUDA kernels with nvcc to kernels/fatbin/, which `make dist` then ships
 	$(RUN) -m dagan_rt.kernels build
+
+docs: $(INSTALLED)  ## build the documentation; open out/docs/index.html
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet --builder html --doctree-dir $(OUT)/.doctrees docs $(OUT)/docs
+	@echo "wrote $(OUT)/docs/index.html"
 
 dist: $(INSTALLED)  ## build the wheel and the source distribution into dist/
 	rm -rf build dist dagan_rt.egg-info

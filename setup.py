@@ -50,6 +50,7 @@ TRAINING = {*TRAIN, *EVALUATE, *FACES}
 CUDA = [CUPY, "ml_dtypes>=0.4", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"]
 # Every kernel is compiled in tests, which takes no GPU; for macOS there is no CUDA.
 COMPILE = [f'{package}; sys_platform != "darwin"' for package in (CUPY, *(f"{name}==13.0.*" for name in NVCC))]
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"]  # `make docs`; some 20 MB with all they need
 CHECKS = [
     "build>=1.2",
     "hypothesis>=6.100",
@@ -104,8 +105,9 @@ setup(
         "tensorrt-rtx": [TENSORRT_RTX, CUPY],
         "triton": [TRITON],
         "triton-server": TRITON_SERVER,
+        "docs": [TORCH, TRITON, *DOCS],  # the reference is made by importing what it describes
         "dev": sorted(
-            {*EXPORT, *TRAINING, *CHECKS, *COMPILE, *WEBCAM, *DEMO, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}
+            {*EXPORT, *TRAINING, *CHECKS, *DOCS, *COMPILE, *WEBCAM, *DEMO, BINDINGS, TENSORRT_RTX, OPENVINO, TRITON}
         ),
     },
     entry_points={"console_scripts": ["dagan-rt = dagan_rt.cli:main"]},

@@ -23,7 +23,8 @@ from dagan_rt.images import write_image
 from dagan_rt.video import VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("dagan_rt", *FOLDERS, "tests")
+BESIDE_THE_WHEEL = ("docs", "tests")  # in the source distribution alone
+SHIPPED = ("dagan_rt", *FOLDERS, *BESIDE_THE_WHEEL)
 SHIPPED_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "Makefile")
 
 # What only an extra brings: the runtime must work where none of it is installed.
@@ -107,7 +108,7 @@ def test_the_wheel_holds_the_checkout_file_by_file(wheel: Path):
     expected = {}
     for path in checkout_files():
         top = path.parts[0]
-        if top != "tests":
+        if top not in BESIDE_THE_WHEEL:
             name = path.as_posix() if top == "dagan_rt" else f"dagan_rt/assets/{path.as_posix()}"
             expected[name] = digest((ROOT / path).read_bytes())
     contents = {name: value for name, value in wheel_contents(wheel).items() if ".dist-info/" not in name}
@@ -132,11 +133,11 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Pat
     assert wheel_contents(again) == wheel_contents(wheel)
 
 
-def test_the_sdist_holds_the_tests(sdist: Path):
+def test_the_sdist_holds_the_tests_and_the_documentation(sdist: Path):
     with tarfile.open(sdist) as archive:
         names = {Path(*Path(member.name).parts[1:]) for member in archive.getmembers() if member.isfile()}
-    tests = {path for path in checkout_files() if path.parts[0] == "tests"}
-    assert tests and tests <= names
+    beside = {path for path in checkout_files() if path.parts[0] in BESIDE_THE_WHEEL}
+    assert {path.parts[0] for path in beside} == set(BESIDE_THE_WHEEL) and beside <= names
     assert {Path(name) for name in SHIPPED_FILES} <= names
 
 
