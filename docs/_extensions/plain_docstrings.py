@@ -65,7 +65,9 @@ def entries(block: list[str], names: set[str]) -> list[tuple[str, list[str]]]:
             pieces.append((match[1], [match[2]]))
         elif line.startswith("- "):
             pieces.append(("-", [line[2:]]))
-        elif not pieces or (pieces[-1][0] and not line.startswith("  ") and pieces[-1][1][-1].endswith((".", ")", ":"))):
+        elif not pieces or (
+            pieces[-1][0] and not line.startswith("  ") and pieces[-1][1][-1].endswith((".", ")", ":"))
+        ):
             pieces.append(("", [line]))  # a sentence at the margin, after an entry that has ended
         else:
             pieces[-1][1].append(line.strip())
@@ -105,7 +107,9 @@ def fields(thing: type) -> Iterator[tuple[str, str, str]]:
         if node.target.id.startswith("_"):
             continue
         declared = ast.unparse(node.annotation)
-        if node.value is not None and not (isinstance(node.value, ast.Call) and "field" in ast.unparse(node.value.func)):
+        if node.value is not None and not (
+            isinstance(node.value, ast.Call) and "field" in ast.unparse(node.value.func)
+        ):
             declared += f" = {ast.unparse(node.value)}"
         _, _, comment = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")
         yield node.target.id, declared, "" if comment.startswith("noqa") else comment
