@@ -366,7 +366,11 @@ def test_training_is_told_alike_in_both_places() -> None:
 
     def told(page: Path) -> set[str]:
         lines = [shlex.join(words) for block in SHELL if block.page == page for words in lines_of(block)]
-        return {line for line in lines if re.match(r"dagan-rt (prepare|train .*--batch 12|evaluate .*--data)", line)}
+        return {
+            line
+            for line in lines
+            if re.match(r"dagan-rt (prepare raw/ --out data/|train .*--batch 12|evaluate .*--data)", line)
+        }
 
     assert len(told(README)) == 3 and told(README) == told(DOCS / "tutorials" / "train.md")
 
