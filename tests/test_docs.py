@@ -50,6 +50,7 @@ NOT_RUN = {"server": 2, "gpu": 2, "container": 1}
 #: Beginnings of lines that are run for real, since they are quick and need only what the folder holds.
 CHEAP = (
     "dagan-rt info bundle/", "dagan-rt explain --bundle bundle/", "dagan-rt animate --bundle bundle/",
+    "dagan-rt motion --bundle bundle/",
     "dagan-rt triton write bundle/", "dagan-rt triton check repository/",
 )  # fmt: skip
 #: What `…` stands for after a program, and what lines that leave out the obvious are given.
@@ -340,7 +341,7 @@ def test_every_command_is_in_the_table() -> None:
 
 def test_the_animate_example_parses() -> None:
     animate = [words for block in SHELL if block.page == README for words in lines_of(block) if "animate" in words]
-    (words,) = [words for words in animate if "bundle/" in words]
+    words = next(words for words in animate if "bundle/" in words)
     assert str(parse("dagan_rt", words[1:]).out) == "result.mp4"
 
 

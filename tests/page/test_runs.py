@@ -175,9 +175,9 @@ def test_what_only_a_programmer_understands_goes_to_the_log(
     studio: Studio, request_: Request, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for error, expected in [
-        (ZeroDivisionError("float /root/secret"), "Something went wrong in the program, not with your files; its log"),
+        (ZeroDivisionError("float /srv/secret"), "Something went wrong in the program, not with your files; its log"),
         (MemoryError(), "This machine has not enough memory"),
-        (OSError(28, "No space left on device", "/root/x.mp4"), "Something went wrong in the program"),
+        (OSError(28, "No space left on device", "/srv/x.mp4"), "Something went wrong in the program"),
     ]:
 
         def fail(*_: Any, error: Exception = error) -> Any:
@@ -187,15 +187,15 @@ def test_what_only_a_programmer_understands_goes_to_the_log(
         *_, last = studio.run(request_)
         assert last.failed and last.words.startswith(expected) and "/" not in last.words
         assert list(request_.folder.iterdir()) == []
-    assert "ZeroDivisionError: float /root/secret" in caplog.text
+    assert "ZeroDivisionError: float /srv/secret" in caplog.text
     assert studio.line.wait(studio.line.join(), 1) == 0  # nobody stands in the way
     studio.line._tickets.clear()
 
 
 def test_paths_are_cut_to_their_names() -> None:
     for words, expected in [
-        ("image /tmp/x-1/ab/me.png is damaged", "Image me.png is damaged"),
-        ("video '/tmp/a/b.mp4' and /etc/passwd", "Video 'b.mp4' and passwd"),
+        ("image /srv/x-1/ab/me.png is damaged", "Image me.png is damaged"),
+        ("video '/srv/a/b.mp4' and /etc/passwd", "Video 'b.mp4' and passwd"),
         ("got 3/4 of frames, and/or less", "Got 3/4 of frames, and/or less"),
     ]:
         assert sentence(InputError(words)) == expected
