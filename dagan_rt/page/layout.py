@@ -76,13 +76,13 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         run = animate.click(
             do.animate, [portrait, clip, *options], [*shown, video, download, animate, stop], **many, **quiet
         )
-        stop.click(do.stop, None, [words, animate, stop], cancels=run, queue=False, **quiet)
+        stop.click(do.stop, None, [words, animate, stop], cancels=run, **quiet)
         camera.stream(
             do.live, [camera, session, portrait, *options], [session, *shown], stream_every=LIVE_EVERY,
             time_limit=LIVE_FOR, **many, **quiet,
         )  # fmt: skip
-        again.click(do.again, session, None, queue=False, **quiet)
-        motion.change(do.chosen, motion, adapt, queue=False, **quiet)
+        again.click(do.again, session, None, **quiet)
+        motion.change(do.chosen, motion, adapt, **quiet)
     page.queue(max_size=4 * studio.line.most)
     return page
 
@@ -97,19 +97,18 @@ class _Handlers:
         self, portrait: str | None, clip: str | None, motion: str, adapt: bool, crop: str
     ) -> Iterator[tuple[Any, ...]]:
         """A run from beginning to end, as values for the components."""
-        hidden, looked_at = gr.update(value=None, visible=False), -1
+        looked_at = -1
         if portrait is None or clip is None:
             missing = "portrait" if portrait is None else "clip"
             state = State(f"Give a {missing} first.", failed=True)
-            yield *self._shown(state), hidden, hidden, gr.skip(), gr.skip()
+            yield *self._shown(state), *_result(None), gr.skip(), gr.skip()
             return
         request = Request(Path(portrait), Path(clip), self._folder, motion, adapt, CROPS[crop])
         for state in self._studio.run(request):
             shown = self._shown(state, again=state.looked_at != looked_at)
             looked_at = state.looked_at or -1
             over = state.failed or state.video is not None
-            result = [gr.update(value=str(state.video), visible=True)] * 2 if state.video else [hidden] * 2
-            yield *shown, *result, gr.update(visible=over), gr.update(visible=not over)
+            yield *shown, *_result(state.video), gr.update(visible=over), gr.update(visible=not over)
 
     def stop(self) -> tuple[Any, ...]:
         """After the run was cancelled."""
@@ -153,6 +152,12 @@ class _Session:
         self.of = portrait, motion, adapt, crop
         self.live: Live = studio.live(Path(portrait), motion, adapt, CROPS[crop])
         self.looked_at: int | None = None
+
+
+def _result(video: Path | None) -> tuple[Any, Any]:
+    """The video and its button; Gradio changes what it is given, so each has its own."""
+    value = None if video is None else str(video)
+    return gr.update(value=value, visible=video is not None), gr.update(value=value, visible=video is not None)
 
 
 def _path(payload: Any) -> Any:

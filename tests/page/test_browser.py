@@ -51,9 +51,9 @@ def page(address: str, tmp_path: Path) -> Iterator[Any]:
         "use-fake-ui-for-media-stream",
     ]:  # fmt: skip
         options.add_argument(f"--{argument}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(DRIVER))
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     try:
         browser.get(address)
         until(lambda: found(browser, "#animate"))
