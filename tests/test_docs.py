@@ -50,8 +50,7 @@ NOT_RUN = {"server": 2, "gpu": 2, "container": 1}
 #: Beginnings of lines that are run for real, since they are quick and need only what the folder holds.
 CHEAP = (
     "dagan-rt info bundle/", "dagan-rt explain --bundle bundle/", "dagan-rt animate --bundle bundle/",
-    "dagan-rt motion --bundle bundle/",
-    "dagan-rt triton write bundle/", "dagan-rt triton check repository/",
+    "dagan-rt motion --bundle bundle/", "dagan-rt triton write bundle/", "dagan-rt triton check repository/",
 )  # fmt: skip
 #: What `…` stands for after a program, and what lines that leave out the obvious are given.
 LEFT_OUT = {
@@ -574,7 +573,7 @@ def test_the_parsing_finds_what_is_wrong() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages speak of: bundle/, portrait.png, clip.mp4 with sound."""
+    """A folder with what the pages speak of: bundle/, portrait.png, clip.mp4 and nod.mp4."""
     from dagan_rt.images import write_image
     from dagan_rt.training.heads import HELD_OUT, draw_clip
     from dagan_rt.video import VideoWriter
@@ -586,6 +585,7 @@ def workplace(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with VideoWriter(folder / "clip.mp4", 25, 128, 128) as writer:
         for number in range(32):
             writer.write(heads[1][number % 8])
+    shutil.copyfile(folder / "clip.mp4", folder / "nod.mp4")
     return folder
 
 
