@@ -51,11 +51,11 @@ table.latency tr:first-child td { font-weight: 600; }
 
 
 def progress(state: State) -> str:
-    """The sentence of a state and, while frames are made, how far it is."""
+    """The sentence of a state and, where the clip says how long it is, how far it is."""
     words = f'<div class="words{" failed" if state.failed else ""}" role="status">{escape(state.words)}</div>'
-    if state.failed or not state.done:
+    if state.failed or not state.total:
         return words
-    share = min(state.done / state.total, 1) if state.total else 1
+    share = min(state.done / state.total, 1)
     return f'{words}<div class="bar"><div style="width: {100 * share:.1f}%"></div></div>'
 
 
