@@ -31,7 +31,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         gr.HTML(_heading(studio), elem_classes="heading")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                portrait = gr.Image(
+                portrait: Any = gr.Image(
                     label="Portrait", type="filepath", sources=["upload", "webcam"], height=220, elem_id="portrait"
                 )
                 with gr.Tabs():
@@ -43,7 +43,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
                         animate = gr.Button("Animate", variant="primary", elem_id="animate")
                         stop = gr.Button("Stop", visible=False, elem_id="stop")
                     with gr.Tab("Live camera", elem_id="live-tab"):
-                        camera = gr.Image(
+                        camera: Any = gr.Image(
                             label="Camera", sources=["webcam"], streaming=True, height=220, elem_id="camera", buttons=[]
                         )
                         again = gr.Button("Measure motion from this pose on", elem_id="again")
@@ -64,7 +64,8 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         inside = gr.HTML(markup.inside(OPENED, studio.blind), elem_id="inside")
         # Not opened by Gradio, where Pillow would take any format and size.
         portrait.preprocess, camera.preprocess = _path, _sent
-        for part in (portrait, camera, clip, video, download):  # their examples are addresses elsewhere
+        parts: list[Any] = [portrait, camera, clip, video, download]
+        for part in parts:  # their examples are addresses elsewhere
             part.example_payload = part.example_value = _none
         session = gr.State(None, time_to_live=FORGOTTEN, delete_callback=_close)
 
