@@ -66,7 +66,9 @@ class ClipFolder:
             single = (name for name in files if name.lower().endswith((*VIDEO_ENDINGS, PACKED_ENDING)))
             found += [(Path(parent, name), []) for name in single if not name.startswith(".")]
             frames = [name for name in files if is_frame(name)]
-            if frames:
+            # One picture beside the clips is a picture of them, as `dagan-rt prepare` writes, and no clip.
+            beside = len(frames) == 1 and Path(parent) == self.path and (folders or len(found) > 0)
+            if frames and not beside:
                 found.append((Path(parent), frames))
         return sorted(found, key=lambda item: item[0])
 

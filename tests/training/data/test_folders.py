@@ -67,6 +67,16 @@ def test_bad_clips_are_left_out_and_counted(tmp_path: Path, write_frames: Any) -
     assert dict((path.name, reason) for path, reason in clips.bad)["lonely"] == "1 frames, at least 2 needed"
 
 
+def test_a_picture_of_the_clips_is_no_clip(tmp_path: Path, write_frames: Any) -> None:
+    """`dagan-rt prepare` lays a contact sheet beside the clips."""
+    write_frames(tmp_path / "train" / "a", [10, 20, 30])
+    Image.new("RGB", (32, 32)).save(tmp_path / "contact.png")
+    clips = ClipFolder(tmp_path, 16)
+    assert len(clips) == 1 and clips.bad == []
+    Image.new("RGB", (32, 32)).save(tmp_path / "train" / "one.png")
+    assert [path.name for path, _ in ClipFolder(tmp_path, 16).bad] == ["train"]  # deeper, it is a clip cut short
+
+
 def test_folders_that_hold_nothing_say_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         ClipFolder(tmp_path / "nowhere", 8)
