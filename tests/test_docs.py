@@ -573,7 +573,7 @@ def test_the_parsing_finds_what_is_wrong() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages speak of: bundle/, portrait.png, clip.mp4 and nod.mp4."""
+    """A folder with what the pages speak of: bundle/, portrait.png, clip.mp4, nod.mp4 and nod.motion."""
     from dagan_rt.images import write_image
     from dagan_rt.training.heads import HELD_OUT, draw_clip
     from dagan_rt.video import VideoWriter
@@ -586,6 +586,10 @@ def workplace(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         for number in range(32):
             writer.write(heads[1][number % 8])
     shutil.copyfile(folder / "clip.mp4", folder / "nod.mp4")
+    from dagan_rt.cli import main
+
+    options = ["--bundle", str(tiny_bundle), "--backend", "onnxruntime", "--driving", str(folder / "clip.mp4")]
+    assert main(["motion", *options, "--out", str(folder / "nod.motion")]) == 0
     return folder
 
 
@@ -607,7 +611,7 @@ def test_python_examples_run(block: Block, there: Path) -> None:
     exec(compile(block.text, str(block), "exec"), {**given, "show": shown.append, "__name__": "example"})
     assert "show(" not in block.text or shown
     assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in shown)
-    frames = 2 if "in frames:" in block.text else 1
+    frames = 2 if "in frames:" in block.text else 32 if "in Template.read(" in block.text else 1
     assert len(shown) == (frames if "show(" in block.text else 0)
 
 
@@ -713,6 +717,7 @@ def test_the_small_recipe_is_a_recipe(checkout: Path) -> None:
 # ---- the whole ----
 
 
+@pytest.mark.slow
 def test_the_documentation_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="the generator comes with the extra docs")
     pytest.importorskip("furo", reason="the theme comes with the extra docs")

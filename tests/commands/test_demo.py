@@ -42,7 +42,7 @@ def test_without_gradio_it_says_what_to_install(
     )
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("127.0.0.2", marks=pytest.mark.slow)])
 def test_it_serves_until_ctrl_c(
     host: str, tiny_bundle: Path, tmp_path: Path, heed_interrupts: Callable[[], None]
 ) -> None:
