@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dagan_rt.commands.shared import backend_names
+from dagan_rt.commands.shared import add_engine_options, check_threads
 from dagan_rt.errors import InputError, require
 
 
@@ -29,13 +29,7 @@ def add_parser(subparsers: Any) -> None:
         help="default 127.0.0.1: this machine alone; others are warned of",
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860; 0 takes any that is free")
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        metavar="NAME",
-        help=f"auto (default: the fastest that runs here), {', '.join(backend_names())}",
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the backend (default: its own choice)")
+    add_engine_options(parser)
     parser.add_argument("--no-browser", action="store_true", help="do not open the page, only print its address")
     parser.add_argument(
         "--most-megabytes", type=float, default=100, metavar="N", help="largest upload, default %(default)g"
@@ -76,8 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_options(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.port <= 65535:
         raise InputError(f"--port must be 0 to 65535, got {arguments.port}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise InputError(f"--threads must be at least 1, got {arguments.threads}")
+    check_threads(arguments)
     for option in ("most_megabytes", "most_seconds"):
         if not 0 < getattr(arguments, option) < float("inf"):
             raise InputError(f"--{option.replace('_', '-')} must be over 0, got {getattr(arguments, option):g}")

@@ -50,6 +50,11 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="exported model (a folder), or a server that serves one (grpc://host:8001, http://host:8000)",
     )
+    add_engine_options(parser)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the backend and its threads, which `check_threads` reads."""
     parser.add_argument(
         "--backend",
         default="auto",
