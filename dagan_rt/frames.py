@@ -85,17 +85,20 @@ class Frames(Protocol):
         """Wait for what is under way and free the memory. May be called twice."""
 
 
-def open_frames(backend: Backend, bundle: Bundle, slots: int = 1, batches: Sequence[int] = (1,)) -> Frames:
+def open_frames(
+    backend: Backend, bundle: Bundle, slots: int = 1, batches: Sequence[int] = (1,), *, by_points: bool = False
+) -> Frames:
     """The whole frames of a backend that has them, `GraphFrames` for any other.
 
-    Raises InputError if a number is wrong or the device has too little memory.
+    by_points: they have `submit_points`; where a backend's own have not, its graphs are run one after the other, which
+    is slower. Raises InputError if a number is wrong or the device has too little memory.
     """
     if slots < 1:
         raise InputError(f"slots must be at least 1, got {slots}")
     if not batches or min(batches) < 1 or list(batches) != sorted(set(batches)):
         raise InputError(f"batches must be ascending numbers of at least 1, got {tuple(batches)}")
     own: Callable[[int, Sequence[int]], Frames] | None = getattr(backend, "frames", None)
-    return GraphFrames(backend, bundle, slots, batches) if own is None else own(slots, batches)
+    return GraphFrames(backend, bundle, slots, batches) if own is None or by_points else own(slots, batches)
 
 
 def batch_sizes(backend: Backend, most: int) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ class Reenactor:
         adapt_scale: bool = False,
         *,
         motion_scale: float = 1.0,
+        by_points: bool = False,
         threads: int | None = None,
     ) -> None:
         """Open a bundle and load it into a backend.
@@ -52,6 +53,8 @@ class Reenactor:
         adapt_scale: with relative motion, scale the movement by the size of the source face over the driving one.
         motion_scale: with relative motion, how far the source moves for what the driving face moves, 0 to 4: below 1
             is calmer, above 1 exaggerates.
+        by_points: make ready for `submit_points`, too; `torch-cuda`, `tensorrt` and `tensorrt-rtx` are slower then, and
+            servers cannot.
         threads: CPU threads; None takes all cores.
 
         Raises InputError if the bundle is damaged, the backend cannot run here or the server cannot be used,
@@ -61,7 +64,8 @@ class Reenactor:
         _check_motion_scale(motion, motion_scale)
         self._motion, self._adapt_scale, self._motion_scale = motion, adapt_scale, motion_scale
         opening = _open_remote if is_address(bundle) else _open_here
-        self._frames, self._more, self._backend_name, self._reason, self._model = opening(bundle, backend, threads)
+        opened = opening(bundle, backend, threads, by_points)
+        self._frames, self._more, self._backend_name, self._reason, self._model = opened
         self._has_source = self._begun = False
         self._last: Pending | None = None
 
@@ -159,14 +163,12 @@ class Reenactor:
         """As `submit`, by the key points of a driving face as `keypoints` gives them, smoothed or from a `Template`.
 
         points: NumPy [1, K, 2] and [1, K, 2, 2]; with relative motion the first of a session are the initial ones.
-        Raises InputError for others, without a source, and where the backend computes key points and image in one
-        (`torch-cuda`, `tensorrt`, `tensorrt-rtx`, servers).
+        Raises InputError for others, without a source, and where a backend computes key points and image in one
+        because the constructor was not told `by_points`.
         """
         submit = getattr(self._frames, "submit_points", None)
         if submit is None:
-            raise InputError(
-                f"backend {self._backend_name} cannot be driven by key points: take onnxruntime, openvino or torch"
-            )
+            raise InputError(f"backend {self._backend_name} is driven by key points only with by_points=True")
         if not self._has_source:
             raise InputError("submit_points needs a source: call set_source(image) first")
         _check_points(points, self._frames.num_keypoints)  # type: ignore[attr-defined]
@@ -255,23 +257,25 @@ def open_loaded(
 
 
 def _open_here(
-    bundle: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
+    bundle: str | Path | Bundle, backend: str | backends.Backend, threads: int | None, by_points: bool
 ) -> tuple[Frames, Callable[[], Frames], str, str, str]:
     """The frames of a bundle in a backend, what makes more of them, the backend's name, why this one, the weights."""
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     loaded, reason = open_loaded(opened, backend, threads)
-    more = partial(open_frames, loaded, opened)
+    more = partial(open_frames, loaded, opened, by_points=by_points)
     return more(), more, loaded.name, reason, opened.weights_digest
 
 
 def _open_remote(
-    url: str | Path | Bundle, backend: str | backends.Backend, threads: int | None
+    url: str | Path | Bundle, backend: str | backends.Backend, threads: int | None, by_points: bool
 ) -> tuple[Frames, Callable[[], Frames], str, str, str]:
     """The same of a server."""
     from dagan_rt.serving.remote import RemoteFrames
 
     if backend not in ("auto", RemoteFrames.name) or threads is not None:
         raise InputError(f"the server at {url} has a backend and threads of its own: leave out backend and threads")
+    if by_points:
+        raise InputError(f"the server at {url} takes pictures, not key points: give the bundle itself for those")
     more = partial(RemoteFrames, str(url))
     frames = more()
     return frames, more, frames.name, frames.reason, ""

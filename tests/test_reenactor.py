@@ -351,8 +351,26 @@ def test_key_points_that_cannot_drive(bundle: Bundle) -> None:
         def frames(self, slots: int, batches: Any) -> Any:
             return type("Frames", (), {"size": SIZE})()
 
-    with pytest.raises(InputError, match="backend whole cannot be driven by key points: take onnxruntime, openvino"):
-        Reenactor(bundle, Whole()).submit_points(points)
+    with pytest.raises(InputError, match="backend whole is driven by key points only with by_points=True"):
+        Reenactor(bundle, Whole()).submit_points(points)  # type: ignore[arg-type]
+
+
+def test_a_backend_whose_frames_take_no_key_points_is_driven_graph_by_graph(bundle: Bundle) -> None:
+    class Whole(Arithmetic):
+        def frames(self, slots: int, batches: Any) -> Any:
+            raise AssertionError("these take pictures alone")
+
+    reenactor, plain = Reenactor(bundle, Whole(), by_points=True), Reenactor(bundle, Arithmetic())
+    for one in (reenactor, plain):
+        one.set_source(picture(100, corner=30))
+        one.drive(picture(50))
+    points = plain.keypoints(picture(70, corner=70))
+    expected = plain.submit_points(points).result()
+    for one in (reenactor, reenactor.another()):
+        if one is not reenactor:
+            one.set_source(picture(100, corner=30))
+            one.drive(picture(50))
+        np.testing.assert_array_equal(one.submit_points(points).result(), expected)
 
 
 def test_motion_is_scaled(bundle: Bundle) -> None:

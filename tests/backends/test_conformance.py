@@ -187,6 +187,11 @@ def test_a_session_shows_what_the_undivided_network_shows(
     reenactor.set_source(frames[0])
     reenactor.drive(frames[1])
     assert np.abs(reenactor.drive(frames[2]) - expected * 255).max() < 0.6  # rounding alone is 0.5
+    by_points = Reenactor(bundle, backend, **options, by_points=True)
+    by_points.set_source(frames[0])
+    by_points.drive(frames[1])
+    again = by_points.submit_points(by_points.keypoints(frames[2])).result()[0]
+    assert np.abs(again - expected * 255).max() < 0.6
 
 
 def test_onnxruntime_names_a_graph_it_cannot_load(bundle: Bundle, tmp_path: Path) -> None:
