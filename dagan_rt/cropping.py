@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from dagan_rt.smoothing import OneEuro
 from dagan_rt.video import Frame
 
 MARGIN = 0.4  # on each side of a face's box, in sides of the box: as training clips are cropped
-EVERY = 5  # frames from one detection to the next
+EVERY = 5  # frames of a clip from one detection to the next
+PAUSE = 0.2  # seconds from one detection in a camera's pictures to the next
 SAME_FACE = 0.1  # intersection over union of a face's boxes at two detections in a row, at least
 MISSES = 2  # detections in a row without the face after which the largest face is followed instead
 LEAST_CUTOFF, BETA = 0.4, 2.0
@@ -64,21 +66,28 @@ def around(box: np.ndarray, width: int, height: int, margin: float = MARGIN) -> 
     return _inside((left + right) / 2, (top + bottom) / 2, side, width, height)
 
 
-def choose(faces: Sequence[Face], which: str | int, what: str) -> list[Face]:
+def choose(faces: Sequence[Face], which: str | int, what: str, option: str = "--face") -> list[Face]:
     """The faces asked for: "largest", "all" (from left to right), or the N-th from the left, counted from 1.
 
-    what: names the picture in errors. Raises InputError where there is no such face.
+    what: names the picture in errors, option: what asked for the face. Raises InputError where there is no such face.
     """
     if not faces:
-        raise InputError(f"no face was found in {what}: give --crop center, or a picture with a face that is clearer")
+        raise no_face(what)
     ordered = sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
     if which == "all":
         return ordered
     if which == "largest":
         return [max(ordered, key=_area)]
     if not 1 <= int(which) <= len(ordered):
-        raise InputError(f"--face must be from 1 to {len(ordered)}, the faces found in {what}, got {which}")
+        raise InputError(f"{option} must be from 1 to {len(ordered)}, the faces found in {what}, got {which}")
     return [ordered[int(which) - 1]]
+
+
+def no_face(what: str) -> InputError:
+    """What to say where no face was found; `what` names the picture or the clip."""
+    return InputError(
+        f"no face was found in {what}: choose center as the crop, or give one with a face that is clearer"
+    )
 
 
 def follow(frames: Iterable[Frame], detector: FaceDetector, first: np.ndarray) -> Iterator[tuple[Frame, Square]]:
@@ -104,15 +113,58 @@ def follow(frames: Iterable[Frame], detector: FaceDetector, first: np.ndarray) -
     yield from camera.shots(held, track.box, track.box)
 
 
-def first_face(frames: Iterable[np.ndarray], detector: FaceDetector, what: str) -> np.ndarray:
-    """The box of the largest face of the first frame that has one, of every `EVERY`-th; what: names the clip in errors.
+def first_face(
+    frames: Iterable[np.ndarray], detector: FaceDetector, what: str, which: str | int = "largest"
+) -> np.ndarray:
+    """The box of a face, as `choose` takes it, of the first frame that has it, of every `EVERY`-th.
 
-    Raises InputError where none has.
+    what: names the clip in errors. Raises InputError where none has.
     """
+    most: list[Face] = []  # of a frame
     for number, image in enumerate(frames):
-        if number % EVERY == 0 and (faces := detector(image)):
-            return max(faces, key=_area).box
-    raise InputError(f"no face was found in {what}: give --crop center, or a video with a face that is clearer")
+        if number % EVERY:
+            continue
+        faces = detector(image)
+        most = max(most, faces, key=len)
+        if len(faces) >= (1 if which == "largest" else int(which)):
+            break
+    return choose(most, which, what, "--driving-face")[0].box
+
+
+class Follower:
+    """Squares around a face of a camera's pictures; none is held back, so they follow what was seen before.
+
+        follower = Follower(detector)
+        square = follower(image, seconds)    # None until a face was seen
+
+    Every `PAUSE` seconds a picture is searched; in between, and where the face is gone, the square stays about where it
+    was seen last. Whom it follows is decided as in `follow`.
+    """
+
+    def __init__(self, detector: FaceDetector, which: str | int = "largest") -> None:
+        """which: "largest", or the N-th from the left, counted from 1: in the first picture that has as many faces."""
+        self._detector, self._which = detector, which
+        self._next = -math.inf
+        self._track: _Track | None = None
+
+    def __call__(self, image: np.ndarray, time: float) -> Square | None:
+        """The square of a picture, uint8 [H, W, 3] and of one size, taken at `time` seconds, which only rises."""
+        if time >= self._next:
+            self._next = time + PAUSE
+            self._search(self._detector(image))
+        if self._track is None:
+            return None
+        height, width, _ = image.shape
+        return self._camera.square(self._track.box, time, width, height)
+
+    def _search(self, faces: Sequence[Face]) -> None:
+        if self._track is None:
+            if len(faces) < (1 if self._which == "largest" else int(self._which)):
+                return
+            self._track = _Track(choose(faces, self._which, "the picture")[0].box)
+        elif not self._track.update(faces):
+            return
+        self._camera = _Camera(self._track.box)
 
 
 class _Track:
@@ -146,10 +198,14 @@ class _Camera:
         for number, frame in enumerate(frames):
             share = number / len(frames)
             height, width, _ = frame.image.shape
-            left, top, side = around((1 - share) * before + share * after, width, height)
-            middle = np.array([left + side / 2, top + side / 2, side]) / self._unit
-            x, y, side = (float(value) for value in self._steady(middle, float(frame.time)) * self._unit)
-            yield frame, _inside(x, y, side, width, height)
+            yield frame, self.square((1 - share) * before + share * after, float(frame.time), width, height)
+
+    def square(self, box: np.ndarray, time: float, width: int, height: int) -> Square:
+        """The square about a face's box, in a picture taken at `time` seconds."""
+        left, top, side = around(box, width, height)
+        middle = np.array([left + side / 2, top + side / 2, side]) / self._unit
+        x, y, side = (float(value) for value in self._steady(middle, time) * self._unit)
+        return _inside(x, y, side, width, height)
 
 
 def _inside(x: float, y: float, side: float, width: int, height: int) -> Square:

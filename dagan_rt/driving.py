@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,39 +28,73 @@ LEAST_CUTOFF, BETA = 1.0, 20.0
 """Of the filter of key points, Hz, and Hz for one unit of their coordinates a second: what trembles in noise is damped
 to a sixth, and what moves lags by a third of a frame (`benchmarks/smoothing.py`)."""
 
+MOST_RATE = 120  # frames a second of a clip whose length is bounded, up to which its length bounds the work
+
 Watch = Callable[[int | None, str], AbstractContextManager[Any]]
 """(frames, what is done) -> a progress bar: a context whose value has `update()`."""
+
+Item = TypeVar("Item")
+
+
+class _NoBar:
+    def update(self) -> None: ...
+
+
+def unwatched(frames: int | None, what: str) -> AbstractContextManager[Any]:
+    """A `Watch` that shows nothing."""
+    return nullcontext(_NoBar())
 
 
 class Clip:
     """A video that drives: its frames at the model's size.
 
-    fps, time_base, frame_count: as of `VideoReader`. audio: the file whose sound goes with the result, or None.
+    fps, time_base, frame_count, problem: as of `VideoReader`. audio: the file whose sound goes with the result, if any.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the file; raises InputError as `VideoReader`. Close it, or use it as a context manager."""
-        self._reader = VideoReader(path)
+    def __init__(self, path: Path, most_seconds: float | None = None) -> None:
+        """Open the file. Close it, or use it as a context manager.
+
+        most_seconds: how long it may be. Raises InputError as `VideoReader`, and where the file says that it is longer;
+        one that lies is found out when its frames are read.
+        """
+        self._reader, self._most_seconds = VideoReader(path), most_seconds
         self.path, self.fps, self.time_base = path, self._reader.fps, self._reader.time_base
         self.frame_count, self.audio = self._reader.frame_count, path if self._reader.has_audio else None
         self._first: np.ndarray | None = None
+        if most_seconds is not None and self.frame_count and self.frame_count / self.fps > most_seconds + 1:
+            self.close()
+            raise self._too_long()
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the file after the last frame read, None so far."""
+        return self._reader.problem
 
     def open(
-        self, size: int, detector: FaceDetector | None, stop: threading.Event, watch: Watch, smooth: bool = False
+        self,
+        size: int,
+        detector: FaceDetector | None = None,
+        stop: threading.Event | None = None,
+        watch: Watch = unwatched,
+        *,
+        smooth: bool = False,
+        face: str | int = "largest",
     ) -> None:
         """Make ready to drive a model of this size.
 
         detector: follows the face, whose first place is looked for now; None: the centred square. stop: once set, no
-        work goes on. smooth: damp what trembles in the key points. Raises InputError where no face is found.
+        work goes on. smooth: damp what trembles in the key points. face: which is followed, as for
+        `dagan_rt.cropping.first_face`. Raises InputError where it is not found.
         """
-        self.size, self._detector, self._stop, self._watch = size, detector, stop, watch
+        self.size, self._detector, self._stop, self._watch = size, detector, stop or threading.Event(), watch
         self._steady = Steady() if smooth else None
         if detector is not None:
-            with VideoReader(self.path) as reader, watch(reader.frame_count, "looking for a face") as bar:
+            with VideoReader(self.path) as reader, self._watch(reader.frame_count, "looking for a face") as bar:
+                images = (frame.image for frame in self._watched(self._bounded(reader.timed(), refuse=False), bar))
                 try:
-                    self._first = first_face(self._watched(reader, bar), detector, str(self.path))
+                    self._first = first_face(images, detector, str(self.path), face)
                 except InputError:
-                    if not stop.is_set():
+                    if not self._stop.is_set():
                         raise
 
     def items(self) -> Iterator[Frame]:
@@ -97,14 +131,28 @@ class Clip:
         self.close()
 
     def _squares(self, reader: VideoReader) -> Iterator[Frame]:
+        frames = self._bounded(reader.timed())
         if self._detector is None or self._first is None:
-            for frame in reader.timed():
+            for frame in frames:
                 yield frame._replace(image=center_square(frame.image, self.size))
             return
-        for frame, square in follow(reader.timed(), self._detector, self._first):
+        for frame, square in follow(frames, self._detector, self._first):
             yield frame._replace(image=square.cut(frame.image, self.size))
 
-    def _watched(self, frames: Iterable[Any], bar: Any) -> Iterator[Any]:
+    def _bounded(self, frames: Iterable[Frame], refuse: bool = True) -> Iterator[Frame]:
+        """The frames as far as the clip may go; where there are more, InputError, unless not `refuse`."""
+        most = self._most_seconds
+        for number, frame in enumerate(frames):
+            if most is not None and (frame.time >= most or number >= most * MOST_RATE):
+                if refuse:
+                    raise self._too_long()
+                return
+            yield frame
+
+    def _too_long(self) -> InputError:
+        return InputError(f"the clip {self.path} is longer than {self._most_seconds:g} seconds: cut it first")
+
+    def _watched(self, frames: Iterable[Item], bar: Any) -> Iterator[Item]:
         for frame in frames:
             if self._stop.is_set():
                 return
@@ -115,7 +163,7 @@ class Clip:
 class Recorded:
     """A motion template that drives, without a picture or a sound; the rest is as `Clip`."""
 
-    audio = None
+    audio = problem = None
 
     def __init__(self, path: Path) -> None:
         """Read the file; raises InputError as `Template.read`."""
@@ -123,7 +171,14 @@ class Recorded:
         self.fps, self.time_base, self.frame_count = self.template.fps, None, len(self.template)
 
     def open(
-        self, size: int, detector: FaceDetector | None, stop: threading.Event, watch: Watch, smooth: bool = False
+        self,
+        size: int,
+        detector: FaceDetector | None = None,
+        stop: threading.Event | None = None,
+        watch: Watch = unwatched,
+        *,
+        smooth: bool = False,
+        face: str | int = "largest",
     ) -> None:
         """As `Clip.open`; there is nothing to crop."""
         self.size, self._steady = size, Steady() if smooth else None

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dagan_rt.camera import Captured, Source
+from dagan_rt.cropping import Square, center
 from dagan_rt.errors import InputError
-from dagan_rt.images import center_square
 from dagan_rt.reenactor import Reenactor
 from dagan_rt.video import VideoWriter
 
@@ -41,6 +41,7 @@ class Status(NamedTuple):
     portrait: int  # its number, from 1
     portraits: int  # how many there are
     recording: str  # "recording", "paused" or "", where nothing is recorded
+    seen: bool  # False while the face that is to drive was not seen yet: then the portrait stands in for the result
     help: bool  # whether the keys are to be shown
 
 
@@ -61,6 +62,17 @@ class Sink(Protocol):
         """Show one frame; InputError if that cannot be done any more, which ends the session."""
 
 
+Squares = Callable[[np.ndarray, float], "Square | None"]
+"""(picture, seconds when it was captured) -> what of it the model sees, or None while there is nothing to see; as
+`dagan_rt.cropping.Follower`."""
+
+
+def centered(image: np.ndarray, time: float) -> Square:
+    """The largest centred square, whatever is there."""
+    height, width, _ = image.shape
+    return center(width, height)
+
+
 class Frames(Protocol):
     """What frames are taken from; see `dagan_rt.camera.Capture`."""
 
@@ -79,7 +91,7 @@ class Frames(Protocol):
 
 
 class Recorder:
-    """Writes results at the times at which their driving frames were captured; a pause is cut out."""
+    """Writes results at the times at which their driving frames were captured; what is no result is cut out."""
 
     def __init__(self, writer: VideoWriter) -> None:
         self.paused = False
@@ -89,7 +101,7 @@ class Recorder:
 
     def show(self, view: View) -> None:
         """As in `Sink`; OSError names a file that cannot be written."""
-        if self.paused:
+        if self.paused or not view.status.seen:
             self._start = None
             return
         if self._start is None:
@@ -103,7 +115,7 @@ class Summary(NamedTuple):
     """How a session went."""
 
     seconds: float  # from the first frame captured until the last one shown
-    latencies: array[float]  # seconds from captured to shown, of each frame
+    latencies: array[float]  # seconds from captured to shown, of each driven frame
     dropped: int
 
 
@@ -113,7 +125,8 @@ class Live:
         live = Live(capture, reenactor, portraits, sinks=[window], keys=window.keys)
         summary = live.run()
 
-    Frames are driven one after the other, the newest each time; what came meanwhile is dropped by the capture.
+    Frames are driven one after the other, the newest each time; what came meanwhile is dropped by the capture. Until
+    the face that is to drive was seen, the portrait is shown as it is, and neither counted nor recorded.
     """
 
     def __init__(
@@ -125,16 +138,21 @@ class Live:
         keys: Callable[[], str] = str,
         recorder: Recorder | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        squares: Squares = centered,
+        finish: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """Prepare a session; the caller closes what it gives.
 
         capture: not started yet. portraits: uint8 [size, size, 3] RGB, at least one. keys: called between frames,
         gives the characters of the keys pressed since, see `KEYS`; Esc is "\\x1b". recorder: the last of the sinks.
-        clock: that of the capture, in seconds.
+        clock: that of the capture, in seconds. squares: what of a picture drives. finish: what is done to a result,
+        uint8 [size, size, 3], before it is shown: a mark, say.
         """
         self.capture, self.reenactor, self.portraits = capture, reenactor, portraits
         self.sinks = [*sinks, *([recorder] if recorder is not None else [])]
         self.keys, self.recorder, self.clock = keys, recorder, clock
+        self._squares, self._finish = squares, finish
         self._portrait, self._help, self._quit = 0, False, False
         self._adapt_scale = reenactor.adapt_scale  # as wanted; absolute motion has none
         self._initial: np.ndarray | None = None
@@ -209,20 +227,28 @@ class Live:
             raise InputError(f"{source.name} gave no picture for {source.patience:.0f} s")
 
     def _drive(self, captured: Captured) -> None:
-        frame = center_square(captured.image, self.reenactor.size)
-        result = self.reenactor.drive(frame)
-        if self._initial is None:
+        portrait = self.portraits[self._portrait]
+        square = self._squares(captured.image, captured.time)
+        frame = (square or centered(captured.image, captured.time)).cut(captured.image, self.reenactor.size)
+        result = portrait if square is None else self.reenactor.drive(frame)
+        if self._finish is not None:
+            result = self._finish(result)
+        if square is not None and self._initial is None:
             self._initial = frame
-        view = View(self.portraits[self._portrait], frame, result, captured.time, self._status())
+        view = View(portrait, frame, result, captured.time, self._status(seen=square is not None))
         for sink in self.sinks:
             sink.show(view)
-        now = self.clock()
-        self._latencies.append(now - captured.time)
-        self._last_second.append((now, now - captured.time))
-        while len(self._last_second) > 2 and self._last_second[0][0] < now - 1:
+        if square is not None:
+            self._note(captured.time, self.clock())
+
+    def _note(self, captured: float, shown: float) -> None:
+        """Count a frame that was driven."""
+        self._latencies.append(shown - captured)
+        self._last_second.append((shown, shown - captured))
+        while len(self._last_second) > 2 and self._last_second[0][0] < shown - 1:
             self._last_second.popleft()
 
-    def _status(self) -> Status:
+    def _status(self, seen: bool) -> Status:
         shown, latencies = zip(*self._last_second, strict=True) if self._last_second else ((0.0,), (0.0,))
         recording = "" if self.recorder is None else "paused" if self.recorder.paused else "recording"
         return Status(
@@ -234,5 +260,6 @@ class Live:
             portrait=self._portrait + 1,
             portraits=len(self.portraits),
             recording=recording,
+            seen=seen,
             help=self._help,
         )

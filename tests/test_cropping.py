@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from dagan_rt.cropping import EVERY, MARGIN, MISSES, Square, around, center, choose, first_face, follow
+from dagan_rt.cropping import EVERY, MARGIN, MISSES, PAUSE, Follower, Square, around, center, choose, first_face, follow
 from dagan_rt.errors import InputError
 from dagan_rt.faces import Face
 from dagan_rt.images import center_square
@@ -78,7 +78,7 @@ def test_faces_are_chosen_by_size_or_from_the_left() -> None:
     for number in (0, "4"):
         with pytest.raises(InputError, match=f"--face must be from 1 to 3, the faces found in a.png, got {number}"):
             choose(faces, number, "a.png")
-    with pytest.raises(InputError, match="no face was found in a.png: give --crop center, or"):
+    with pytest.raises(InputError, match="no face was found in a.png: choose center as the crop, or"):
         choose([], "largest", "a.png")
 
 
@@ -205,5 +205,53 @@ def test_the_first_face_is_looked_for() -> None:
     detector = Scripted(boxes)
     np.testing.assert_array_equal(first_face((frame.image for frame in clip(40)), detector, "it"), box_at(300))
     assert detector.seen == list(range(0, 21, EVERY))
-    with pytest.raises(InputError, match="no face was found in a.mp4: give --crop center, or a video"):
+    with pytest.raises(InputError, match="no face was found in a.mp4: choose center as the crop"):
         first_face((frame.image for frame in clip(12)), Scripted([[]] * 12), "a.mp4")
+
+
+def test_the_first_frame_with_as_many_faces_says_which_is_which() -> None:
+    boxes = [[box_at(300, side=90)]] * 10 + [[box_at(500, side=30), box_at(300)]] * 10
+    images = lambda: (frame.image for frame in clip(20))  # noqa: E731
+    for which, first in (("largest", boxes[0][0]), (1, boxes[0][0]), ("2", box_at(500, side=30))):
+        np.testing.assert_array_equal(first_face(images(), Scripted(boxes), "it", which), first)
+    with pytest.raises(InputError, match="--driving-face must be from 1 to 2, the faces found in a.mp4, got 3"):
+        first_face(images(), Scripted(boxes), "a.mp4", "3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Followed in a camera's pictures
+
+
+def live(detector: Scripted, rate: float = 25.0, which: str = "largest") -> list[Square | None]:
+    follower = Follower(detector, which)
+    return [follower(frame.image, 100 + number / rate) for number, frame in enumerate(clip(len(detector.boxes)))]
+
+
+def test_a_camera_is_searched_now_and_then_and_every_picture_has_a_square() -> None:
+    detector = Scripted([[]] * 7 + [[box_at(300)]] * 40)
+    found = live(detector)
+    assert detector.seen[0] == 0 and set(np.diff(detector.seen)) <= {5, 6}  # of 25 a second, and rounded
+    assert PAUSE == 5 / 25
+    first = next(number for number in detector.seen if number >= 7)
+    assert found[:first] == [None] * first
+    assert all(square == pytest.approx(around(np.array(box_at(300)), 640, 360)) for square in found[first:])
+
+
+def test_the_square_follows_a_face_without_holding_pictures_back() -> None:
+    """It lags by the pause and the filter, stays about the face, and moves by little at a time."""
+    path = [200 + 2.0 * number for number in range(100)]  # 50 pixels a second: 0.6 sides of the box
+    squares = [square for square in live(Scripted([[box_at(x)] for x in path])) if square is not None]
+    lag = np.array(path) - middles(squares)[:, 0]
+    assert len(squares) == 100 and lag.min() >= -1e-6 and lag.max() < 0.35 * 80  # well inside the margin
+    assert np.abs(np.diff(middles(squares), axis=0)).max() < 0.1 * 80
+
+
+def test_somebody_else_is_followed_only_when_the_face_is_gone() -> None:
+    both, other = [box_at(300), box_at(520, side=120)], [box_at(520, side=120)]
+    squares = live(Scripted([both] * 20 + [other] * 40), which="1")
+    at = middles([square for square in squares if square is not None])[:, 0]
+    assert at[0] == 300 and at[20] == 300 and at[-1] == 520
+    moved = int(np.flatnonzero(at != 300)[0])
+    assert 20 + MISSES * PAUSE * 25 <= moved <= 20 + (MISSES + 1) * PAUSE * 25 + 1
+    assert (at[moved:] == 520).all()  # at once
+    assert live(Scripted([both] * 8), which="3") == [None] * 8

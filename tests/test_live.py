@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dagan_rt.camera import Captured
+from dagan_rt.cropping import Square
 from dagan_rt.errors import InputError
 from dagan_rt.live import KEYS, Live, Recorder, View
 from dagan_rt.video import VideoReader, VideoWriter
@@ -153,7 +154,7 @@ def test_what_is_said_beside_the_pictures() -> None:
     session.live.run()
     views = [view.status for view in session.shown.views]
     assert (views[0].fps, views[0].latency) == (0, 0)
-    assert views[0][2:] == (0, "relative", False, 1, 3, "", False)
+    assert views[0][2:] == (0, "relative", False, 1, 3, "", True, False)
     assert views[15].fps == pytest.approx(10, abs=1) and views[15].latency == pytest.approx(0.03)
     assert views[-1].fps == pytest.approx(5, abs=0.5)  # the last second only
 
@@ -203,10 +204,10 @@ def test_the_status_follows_the_keys() -> None:
     session = Session(regular(4), {1: "ns", 2: "a", 3: "hp"})
     session.live.run()
     assert [view.status[3:] for view in session.shown.views] == [
-        ("relative", False, 1, 3, "", False),
-        ("relative", True, 2, 3, "", False),
-        ("absolute", False, 2, 3, "", False),
-        ("absolute", False, 1, 3, "", True),
+        ("relative", False, 1, 3, "", True, False),
+        ("relative", True, 2, 3, "", True, False),
+        ("absolute", False, 2, 3, "", True, False),
+        ("absolute", False, 1, 3, "", True, True),
     ]
     assert [int(view.portrait[0, 0, 0]) for view in session.shown.views] == [200, 201, 201, 200]
 
@@ -272,3 +273,28 @@ def test_a_recording_has_the_times_of_capture_and_no_pauses(tmp_path: Path) -> N
     assert [view.status.recording for view in session.shown.views] == [
         *["recording"] * 3, "paused", "paused", "recording", "recording",
     ]  # fmt: skip
+
+
+def test_until_a_face_is_seen_the_portrait_is_shown_and_nothing_counts(tmp_path: Path) -> None:
+    """Then the square of the picture drives, not its middle; and every result is finished before it is shown."""
+    session = Session(regular(6))
+    writer = VideoWriter(tmp_path / "out.mp4", 10, SIZE, SIZE)
+
+    def squares(image: np.ndarray, time: float) -> Square | None:
+        image[:, :20] = 77  # what the middle does not see
+        return Square(0, 5, 20) if time > 0.25 else None
+
+    session.live = Live(
+        session.capture, session.model, portraits(), [session.shown],  # type: ignore[arg-type]
+        recorder=Recorder(writer), clock=session.clock, squares=squares, finish=lambda image: image // 2,
+    )  # fmt: skip
+    with writer:
+        summary = session.live.run()
+    assert session.model.asked == ["source 200", 77, 77, 77] and len(summary.latencies) == 3
+    views = session.shown.views
+    assert [view.status.seen for view in views] == [False] * 3 + [True] * 3
+    assert [int(view.result[0, 0, 0]) for view in views] == [100] * 3 + [88] * 3
+    assert [int(view.driving[0, SIZE // 2, 0]) for view in views] == [0, 1, 2, 77, 77, 77]
+    assert views[2].status.fps == 0 and views[2].status.latency == 0
+    with VideoReader(tmp_path / "out.mp4") as reader:
+        assert [frame.image.mean().round() for frame in reader.timed()] == pytest.approx([88] * 3, abs=1)

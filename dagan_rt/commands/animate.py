@@ -6,12 +6,15 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dagan_rt.commands.shared import (
     add_crop_options,
     add_model_options,
+    add_watermark_option,
+    check_crop,
     check_options,
+    check_watermark,
     keeping,
     open_detector,
     open_reenactor,
@@ -26,15 +29,11 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from dagan_rt.cropping import Square
     from dagan_rt.driving import Clip, Recorded
-    from dagan_rt.faces import FaceDetector
     from dagan_rt.frames import Pending
     from dagan_rt.pipeline import Summary
+    from dagan_rt.portrait import Portrait
     from dagan_rt.reenactor import Reenactor
-
-
-LONGEST_PICTURE = 1920  # pixels a side of a video with whole portraits; more is slow to encode and seldom plays
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,49 +57,44 @@ def add_parser(subparsers: Any) -> None:
     )
     add_crop_options(parser, "portrait and video")
     parser.add_argument(
-        "--face",
-        default="largest",
-        metavar="WHICH",
-        help="with --crop auto, which face of the portrait: largest (default), a number from the left, or all (with "
-        "--paste-back)",
-    )
-    parser.add_argument(
         "--paste-back",
         action="store_true",
-        help=f"put the result back into the whole portrait (at most {LONGEST_PICTURE} pixels a side), its border "
-        "blended and its colours matched",
+        help="put the result back into the whole portrait (at most 1920 pixels a side), its border blended and its "
+        "colours matched; --face all then moves all of its faces",
     )
     parser.add_argument(
         "--smooth", action="store_true", help="damp what trembles in the driving key points (one-euro filter)"
     )
-    parser.add_argument(
-        "--watermark",
-        choices=("visible", "invisible"),
-        help="mark the result as synthetic: visible is a word in its corner; invisible is found by dagan-rt info",
-    )
+    add_watermark_option(parser)
     parser.add_argument("--side-by-side", action="store_true", help="show portrait, driving frame and result in a row")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check every input, then write the clip; returns 0, or 130 when Ctrl-C cut it short."""
-    from dagan_rt.driving import open_driver
+    from dagan_rt.driving import Recorded, open_driver
     from dagan_rt.files import check_output
+    from dagan_rt.portrait import read_portrait
     from dagan_rt.video import WRITABLE
 
     check_options(arguments)
     _check_options(arguments)
     check_output(arguments.out, WRITABLE, inputs=[arguments.source, arguments.driving])
     detector = open_detector(arguments)
-    portrait = _portrait(arguments, detector)
-    with open_driver(arguments.driving) as driver, open_reenactor(arguments) as first, ExitStack() as stack:
-        _check_template(driver, first)
+    portrait = read_portrait(arguments.source, detector, arguments.face, whole=arguments.paste_back)
+    with open_driver(arguments.driving) as driver, ExitStack() as stack:
+        by_points = arguments.smooth or isinstance(driver, Recorded)
+        first = stack.enter_context(open_reenactor(arguments, by_points))
+        if isinstance(driver, Recorded):
+            driver.template.check_model(first.model, driver.path)
         reenactors = [first, *(stack.enter_context(first.another()) for _ in portrait.squares[1:])]
-        sources = [square.cut(portrait.picture, first.size) for square in portrait.squares]
+        sources = portrait.sources(first.size)
         for reenactor, source in zip(reenactors, sources, strict=True):
             reenactor.set_source(source)
         with stop_on_interrupt() as interrupted:
-            driver.open(first.size, detector, interrupted, progress, arguments.smooth)
+            driver.open(
+                first.size, detector, interrupted, progress, smooth=arguments.smooth, face=arguments.driving_face
+            )
             if arguments.find_best_frame:
                 for reenactor, source in zip(reenactors, sources, strict=True):
                     driver.begin_at_best(reenactor, source)
@@ -120,53 +114,22 @@ def _check_options(arguments: argparse.Namespace) -> None:
     """Refuse options about faces and pictures that exclude one another."""
     from dagan_rt.template import ENDING
 
-    if arguments.watermark == "invisible" and arguments.out.suffix.lower() == ".gif":
-        raise InputError(
-            "--watermark invisible does not survive the few colours of a .gif: take visible, or another --out"
-        )
-    if arguments.side_by_side and arguments.driving.suffix.lower() == ENDING:
-        raise InputError(f"--side-by-side shows driving frames, and motion template {arguments.driving} holds none")
-    if arguments.face not in ("largest", "all") and not (arguments.face.isdecimal() and int(arguments.face) > 0):
-        raise InputError(f"--face must be largest, all, or a number from 1, got {arguments.face!r}")
-    if arguments.face != "largest" and arguments.crop != "auto":
-        raise InputError(f"--face {arguments.face} needs --crop auto, which finds faces")
+    check_crop(arguments, ("largest", "all"))
+    check_watermark(arguments)
+    if arguments.driving.suffix.lower() == ENDING:
+        for option, given in (("side-by-side", arguments.side_by_side), ("driving-face", arguments.driving_face)):
+            if given not in (False, "largest"):
+                raise InputError(f"--{option} needs pictures, and motion template {arguments.driving} holds none")
     if arguments.face == "all" and not arguments.paste_back:
         raise InputError("--face all needs --paste-back, which shows all of them in one picture")
     if arguments.paste_back and arguments.side_by_side:
         raise InputError("--paste-back shows the whole portrait, --side-by-side squares: give one of the two")
 
 
-class _Portrait(NamedTuple):
-    picture: np.ndarray  # uint8 [H, W, 3]
-    squares: list[Square]  # of the faces to animate
-
-
-def _portrait(arguments: argparse.Namespace, detector: FaceDetector | None) -> _Portrait:
-    """The source picture, as large as it is shown, and the squares of it that are animated."""
-    from dagan_rt.cropping import around, center, choose
-    from dagan_rt.images import at_most, read_image
-
-    picture = read_image(arguments.source)
-    if arguments.paste_back:
-        picture = at_most(picture, LONGEST_PICTURE)
-    height, width, _ = picture.shape
-    if detector is None:
-        return _Portrait(picture, [center(width, height)])
-    faces = choose(detector(picture), arguments.face, str(arguments.source))
-    return _Portrait(picture, [around(face.box, width, height).whole() for face in faces])
-
-
-def _check_template(driver: Clip | Recorded, reenactor: Reenactor) -> None:
-    from dagan_rt.driving import Recorded
-
-    if isinstance(driver, Recorded):
-        driver.template.check_model(reenactor.model, driver.path)
-
-
 def _animate(
     arguments: argparse.Namespace,
     reenactors: Sequence[Reenactor],
-    portrait: _Portrait,
+    portrait: Portrait,
     driver: Clip | Recorded,
     interrupted: threading.Event,
 ) -> Summary:
@@ -196,28 +159,20 @@ def _animate(
 
 
 def _shown(
-    arguments: argparse.Namespace, portrait: _Portrait, size: int
+    arguments: argparse.Namespace, portrait: Portrait, size: int
 ) -> tuple[Callable[[Any, np.ndarray], np.ndarray], int, int]:
     """What is shown of a driving frame and its results [N, size, size, 3], one a face; and its width and height."""
     import numpy as np
 
-    from dagan_rt.pasting import Canvas
+    from dagan_rt.portrait import Pasted
 
     if arguments.side_by_side:
-        source = portrait.squares[0].cut(portrait.picture, size)
+        (source,) = portrait.sources(size)
         return lambda frame, results: np.concatenate([source, frame.image, results[0]], axis=1), 3 * size, size
     if not arguments.paste_back:
         return lambda frame, results: results[0], size, size
-    height, width = (side // 2 * 2 for side in portrait.picture.shape[:2])  # H.264 takes even ones
-    canvases = [Canvas(portrait.picture, square) for square in portrait.squares]
-
-    def pasted(frame: Any, results: np.ndarray) -> np.ndarray:
-        whole = portrait.picture.copy()
-        for canvas, result in zip(canvases, results, strict=True):
-            canvas.paste(result, whole)
-        return whole[:height, :width]
-
-    return pasted, width, height
+    pasted = Pasted(portrait)
+    return lambda frame, results: pasted(results), pasted.width, pasted.height
 
 
 def _report(arguments: argparse.Namespace, reenactor: Reenactor, driver: Clip | Recorded, summary: Summary) -> None:

@@ -7,11 +7,13 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dagan_rt.commands.shared import add_crop_options, check_crop, open_detector
 from dagan_rt.errors import InputError, require
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from dagan_rt.faces import FaceDetector
     from dagan_rt.networks.config import NetworkConfig
 
 
@@ -23,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         help="draw what happens inside: key points, depth, flow, occlusion, attention",
         description="Write one sheet that shows why a result looks as it does, for a portrait and one driving picture: "
         "key points, depth maps, flow, occlusion, warped source and feature, attention and result, each with what to "
-        "look for; and print the facts. Portrait and driving picture are cropped to their centred square.",
+        "look for; and print the facts.",
     )
     parser.add_argument(
         "--bundle", type=Path, required=True, metavar="DIR", help="exported model, with its weights for PyTorch"
@@ -44,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--adapt-scale", action="store_true", help="scale the motion by the ratio of the two faces' sizes"
     )
+    add_crop_options(parser, "portrait and driving picture")
     parser.add_argument(
         "--pixel",
         type=int,
@@ -61,24 +64,26 @@ def run(arguments: argparse.Namespace) -> int:
     from dagan_rt.bundle import Bundle
     from dagan_rt.explanation import explanation_sheet, facts, notes
     from dagan_rt.files import check_output
-    from dagan_rt.images import center_square, is_still, read_image
+    from dagan_rt.images import is_still
     from dagan_rt.inspection import inspect
+    from dagan_rt.portrait import read_portrait
     from dagan_rt.training.sheets import write_sheet
 
     still = is_still(arguments.driving)
     _check_options(arguments, still)
     check_output(arguments.out, [".png"], inputs=[arguments.source, arguments.driving])
-    portrait = read_image(arguments.source)
-    first, shown = (None, read_image(arguments.driving)) if still else _frames(arguments.driving, arguments.frame or 0)
+    detector = open_detector(arguments)
+    portrait = read_portrait(arguments.source, detector, arguments.face)
     bundle = Bundle.open(arguments.bundle)
     if bundle.weights is None:
         raise InputError(f"bundle {bundle.path} holds no weights to look into: export it without --no-torch-weights")
     pixel = _pixel(arguments, bundle.config)
-    size, model = bundle.config.size, backend.load(bundle).eval()
-    initial = None if first is None or arguments.absolute else center_square(first, size)
+    (source,) = portrait.sources(bundle.config.size)
+    first, shown = _driving(arguments, still, detector, bundle.config.size)
     found = inspect(
-        model, center_square(portrait, size), center_square(shown, size), initial, adapt_scale=arguments.adapt_scale
-    )
+        backend.load(bundle).eval(), source, shown, None if arguments.absolute else first,
+        adapt_scale=arguments.adapt_scale,
+    )  # fmt: skip
     write_sheet(arguments.out, explanation_sheet(found, pixel))
     what = "an image, which has no initial frame" if still else f"frame {arguments.frame or 0}"
     said = [f"{subject:<12}{fact}" for subject, fact in facts(found, pixel).items()]
@@ -89,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_options(arguments: argparse.Namespace, still: bool) -> None:
+    check_crop(arguments)
     if arguments.frame is not None and still:
         raise InputError(f"--frame chooses a frame of a video, and {arguments.driving} is an image: leave it out")
     if arguments.frame is not None and arguments.frame < 0:
@@ -98,22 +104,29 @@ def _check_options(arguments: argparse.Namespace, still: bool) -> None:
         raise InputError(f"--adapt-scale is about motion since an initial frame, which {why}: leave it out")
 
 
-def _frames(path: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first frame of a video, and the one of that number."""
-    from dagan_rt.video import VideoReader
+def _driving(
+    arguments: argparse.Namespace, still: bool, detector: FaceDetector | None, size: int
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """What drives, as the model sees it: the first frame of a video, None for an image; and the frame to explain."""
+    from dagan_rt.driving import Clip
+    from dagan_rt.portrait import read_portrait
 
+    if still:
+        picture = read_portrait(arguments.driving, detector, arguments.driving_face, option="--driving-face")
+        return None, picture.sources(size)[0]
+    number = arguments.frame or 0
     try:
-        opened = VideoReader(path)
+        opened = Clip(arguments.driving)
     except InputError as error:
         raise InputError(f"{error}; nor is it an image") from None
-    with opened as reader:
-        initial = frame = next(iter(reader))
-        for _ in range(number):
-            following = next(iter(reader), None)
-            if following is None:
-                raise InputError(f"--frame must be 0 to {reader.frames_read - 1} in {path}, got {number}")
-            frame = following
-        return initial, frame
+    with opened as clip:
+        clip.open(size, detector, face=arguments.driving_face)
+        for place, frame in enumerate(clip.items()):
+            if place == 0:
+                initial = frame.image
+            if place == number:
+                return initial, frame.image
+        raise InputError(f"--frame must be 0 to {place} in {arguments.driving}, got {number}")
 
 
 def _pixel(arguments: argparse.Namespace, config: NetworkConfig) -> tuple[int, int] | None:

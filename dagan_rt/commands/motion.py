@@ -10,6 +10,7 @@ from typing import Any
 from dagan_rt.commands.shared import (
     add_backend_options,
     add_crop_options,
+    check_crop,
     check_threads,
     open_detector,
     open_reenactor,
@@ -30,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     add_backend_options(parser)
     parser.add_argument("--driving", type=Path, required=True, metavar="VIDEO", help="the video")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .motion file")
-    add_crop_options(parser, "the video")
+    add_crop_options(parser, "the video", portrait=False)
     parser.set_defaults(run=run)
 
 
@@ -42,11 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     from dagan_rt.template import ENDING, Moment, Template
 
     check_threads(arguments)
+    check_crop(arguments)
     check_output(arguments.out, (ENDING,), inputs=[arguments.driving])
     detector = open_detector(arguments)
     moments: list[Moment] = []
     with Clip(arguments.driving) as clip, open_reenactor(arguments) as reenactor, stop_on_interrupt() as interrupted:
-        clip.open(reenactor.size, detector, interrupted, progress)
+        clip.open(reenactor.size, detector, interrupted, progress, face=arguments.driving_face)
         with progress(clip.frame_count, "recording") as bar, read_ahead(clip.items()) as frames:
             for frame in frames:
                 if interrupted.is_set():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dagan_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from dagan_rt.faces import FaceDetector
     from dagan_rt.reenactor import Reenactor
@@ -64,8 +64,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the backend (default: its own choice)")
 
 
-def add_crop_options(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add what every command that crops takes; `open_detector` reads it. of: what is cropped."""
+def add_crop_options(parser: argparse.ArgumentParser, of: str, portrait: bool = True) -> None:
+    """Add what every command that crops takes; `check_crop` and `open_detector` read it.
+
+    of: what is cropped. portrait: whether that includes a portrait, of which a face can be chosen.
+    """
     parser.add_argument(
         "--crop",
         choices=("center", "auto"),
@@ -79,6 +82,29 @@ def add_crop_options(parser: argparse.ArgumentParser, of: str) -> None:
         metavar="NAME",
         help="what finds faces: centerface (of the extra faces), centerface-int8 (always there), auto (default: the "
         "first of them that is), or an .onnx file of a detector (see dagan_rt.faces)",
+    )
+    if portrait:
+        parser.add_argument(
+            "--face",
+            default="largest",
+            metavar="WHICH",
+            help="with --crop auto, which face of the portrait: largest (default), or a number from the left",
+        )
+    parser.add_argument(
+        "--driving-face",
+        default="largest",
+        metavar="WHICH",
+        help="with --crop auto, which face drives: largest (default), or a number from the left in the first frame "
+        "that has as many",
+    )
+
+
+def add_watermark_option(parser: argparse.ArgumentParser) -> None:
+    """Add how results are marked."""
+    parser.add_argument(
+        "--watermark",
+        choices=("visible", "invisible"),
+        help="mark the result as synthetic: visible is a word in its corner; invisible is found by dagan-rt info",
     )
 
 
@@ -106,24 +132,42 @@ def check_options(arguments: argparse.Namespace) -> None:
             )
 
 
+def check_crop(arguments: argparse.Namespace, faces: Sequence[str] = ("largest",)) -> None:
+    """Refuse faces that cannot be meant, and faces without a crop that finds any. faces: words that --face takes."""
+    for option, words in (("--face", faces), ("--driving-face", ("largest",))):
+        which = getattr(arguments, option[2:].replace("-", "_"), "largest")
+        if which not in words and not (which.isdecimal() and int(which) > 0):
+            raise InputError(f"{option} must be {', '.join(words)}, or a number from 1, got {which!r}")
+        if which != "largest" and arguments.crop != "auto":
+            raise InputError(f"{option} {which} needs --crop auto, which finds faces")
+
+
+def check_watermark(arguments: argparse.Namespace) -> None:
+    """Refuse a mark that the file would not hold."""
+    if arguments.watermark == "invisible" and arguments.out is not None and arguments.out.suffix.lower() == ".gif":
+        raise InputError(
+            "--watermark invisible does not survive the few colours of a .gif: take visible, or another --out"
+        )
+
+
 def check_threads(arguments: argparse.Namespace) -> None:
     """Refuse fewer threads than one."""
     if arguments.threads is not None and arguments.threads < 1:
         raise InputError(f"--threads must be at least 1, got {arguments.threads}")
 
 
-def open_reenactor(arguments: argparse.Namespace) -> Reenactor:
-    """The model that the options name; without options of motion, relative."""
+def open_reenactor(arguments: argparse.Namespace, by_points: bool = False) -> Reenactor:
+    """The model that the options name; without options of motion, relative. by_points: as of `Reenactor`."""
     from dagan_rt.reenactor import Reenactor
 
-    options = {} if arguments.threads is None else {"threads": arguments.threads}
     return Reenactor(
         arguments.bundle,
         backend=arguments.backend,
         motion="absolute" if getattr(arguments, "absolute", False) else "relative",
         adapt_scale=getattr(arguments, "adapt_scale", False),
         motion_scale=getattr(arguments, "motion_scale", 1.0),
-        **options,
+        by_points=by_points,
+        **_threads(arguments),
     )
 
 
@@ -133,7 +177,13 @@ def open_detector(arguments: argparse.Namespace) -> FaceDetector | None:
         return None
     from dagan_rt.faces import load_detector
 
-    return load_detector(arguments.detector, **({} if arguments.threads is None else {"threads": arguments.threads}))
+    return load_detector(arguments.detector, **_threads(arguments))
+
+
+def _threads(arguments: argparse.Namespace) -> dict[str, int]:
+    """The option --threads as an argument, where it is there and was given."""
+    threads = getattr(arguments, "threads", None)
+    return {} if threads is None else {"threads": threads}
 
 
 @contextmanager

@@ -6,11 +6,22 @@ import argparse
 import os
 import sys
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagan_rt.commands.shared import add_model_options, check_options, keeping, open_reenactor, stop_on_interrupt
+from dagan_rt.commands.shared import (
+    add_crop_options,
+    add_model_options,
+    add_watermark_option,
+    check_crop,
+    check_options,
+    check_watermark,
+    keeping,
+    open_detector,
+    open_reenactor,
+    stop_on_interrupt,
+)
 from dagan_rt.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -20,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dagan_rt.camera import Capture
+    from dagan_rt.faces import FaceDetector
     from dagan_rt.live import Status, Summary, View
     from dagan_rt.reenactor import Reenactor
 
@@ -34,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
         "webcam",
         allow_abbrev=False,
         help="drive a portrait live with a camera",
-        description="Drive a portrait live with a camera. Portraits and camera are cropped to their centred square; "
-        "the window shows portrait, driver and result, and its keys with h.",
+        description="Drive a portrait live with a camera. The window shows portrait, driver and result, and its keys "
+        "with h.",
     )
     add_model_options(parser)
     parser.add_argument(
@@ -53,6 +65,8 @@ def add_parser(subparsers: Any) -> None:
         help="a camera's number (default 0) or device (/dev/video0), a video file, which is played at its own pace, or "
         "a URL (http, https, rtsp, rtsps, rtmp, rtmps)",
     )
+    add_crop_options(parser, "portraits and camera")
+    add_watermark_option(parser)
     parser.add_argument("--out", type=Path, metavar="VIDEO", help="record the result: .mp4, .m4v, .mov, .mkv, .gif")
     parser.add_argument(
         "--virtual-camera",
@@ -83,21 +97,22 @@ def run(arguments: argparse.Namespace) -> int:
         check_windows()
     from dagan_rt.camera import Capture, open_source
     from dagan_rt.files import check_output
-    from dagan_rt.images import center_square, read_image
+    from dagan_rt.portrait import read_portrait
     from dagan_rt.video import WRITABLE
 
     if arguments.out is not None:
         check_output(arguments.out, WRITABLE, inputs=[*arguments.source, arguments.driver])
-    pictures = [read_image(path) for path in arguments.source]
+    detector = open_detector(arguments)
+    pictures = [read_portrait(path, detector, arguments.face) for path in arguments.source]
     with ExitStack() as opened:
         capture = opened.enter_context(Capture(open_source(arguments.driver)))
         window = None
         if not arguments.no_window:
             window = opened.enter_context(Window(mirror=capture.source.mirrored and not arguments.no_mirror))
         reenactor = opened.enter_context(open_reenactor(arguments))
-        portraits = [center_square(picture, reenactor.size) for picture in pictures]
+        portraits = [source for picture in pictures for source in picture.sources(reenactor.size)]
         interrupted = opened.enter_context(stop_on_interrupt())
-        summary, recorded = _session(arguments, capture, reenactor, portraits, window, interrupted)
+        summary, recorded = _session(arguments, capture, reenactor, portraits, detector, window, interrupted)
     _report(arguments, reenactor, summary, recorded)
     if not interrupted.is_set():
         return 0
@@ -107,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     check_options(arguments)
+    check_crop(arguments)
+    check_watermark(arguments)
     if arguments.seconds is not None and not arguments.seconds > 0:
         raise InputError(f"--seconds must be over 0, got {arguments.seconds}")
     if arguments.frames is not None and arguments.frames < 1:
@@ -118,14 +135,19 @@ def _session(
     capture: Capture,
     reenactor: Reenactor,
     portraits: list[np.ndarray],
+    detector: FaceDetector | None,
     window: Window | None,
     interrupted: threading.Event,
 ) -> tuple[Summary, int]:
     """Run until something ends it; how it went, and how many frames were recorded."""
-    from dagan_rt.live import Live, Recorder, Sink
+    from dagan_rt.cropping import Follower
+    from dagan_rt.live import Live, Recorder, Sink, centered
     from dagan_rt.video import VideoWriter
+    from dagan_rt.watermark import mark
 
     size, fps = reenactor.size, capture.source.fps
+    squares = centered if detector is None else Follower(detector, arguments.driving_face)
+    finish = partial(mark, kind=arguments.watermark) if arguments.watermark else None
     writer: VideoWriter | None = None
     with ExitStack() as opened:
         sinks: list[Sink] = [] if window is None else [window]
@@ -135,7 +157,8 @@ def _session(
             writer = VideoWriter(arguments.out, fps, size, size, crf=arguments.crf)
             opened.enter_context(writer)
         recorder = None if writer is None else Recorder(writer)
-        live = Live(capture, reenactor, portraits, sinks, str if window is None else window.keys, recorder)
+        keys = str if window is None else window.keys
+        live = Live(capture, reenactor, portraits, sinks, keys, recorder, squares=squares, finish=finish)
         with keeping(writer):
             summary = live.run(interrupted, arguments.seconds, arguments.frames)
     return summary, 0 if writer is None else writer.frames_written
@@ -247,6 +270,7 @@ def describe(status: Status) -> str:
     motion = status.motion + (", adapted scale" if status.adapt_scale else "")
     parts = [f"{status.fps:.1f} fps", f"{1000 * status.latency:.0f} ms", f"{status.dropped} dropped", motion]
     parts += [f"portrait {status.portrait} of {status.portraits}"] if status.portraits > 1 else []
+    parts += [] if status.seen else ["no face yet"]
     return " | ".join([*parts, *filter(None, [status.recording]), "h: help"])
 
 
@@ -275,7 +299,7 @@ def _report(arguments: argparse.Namespace, reenactor: Reenactor, summary: Summar
 
     count = len(summary.latencies)
     if not count:
-        print("no frame was shown")
+        print("no frame was shown" if arguments.crop == "center" else "no frame was shown: no face was found")
         return
     p50, p95 = np.percentile(np.array(summary.latencies) * 1000, (50, 95))
     print(

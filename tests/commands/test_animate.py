@@ -19,7 +19,6 @@ from PIL import Image
 
 from dagan_rt.cli import main
 from dagan_rt.errors import DeviceLost, InputError
-from dagan_rt.faces import Face
 from dagan_rt.files import AtomicFile
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.template import Moment, Template
@@ -164,12 +163,12 @@ def test_options_reach_the_model(files: dict[str, Path]) -> None:
     assert animate(files, "--absolute", "--backend", "torch", "--threads", "3") == 0
     assert StandIn.made[0].options == {
         "bundle": str(files["bundle"]), "backend": "torch", "motion": "absolute", "adapt_scale": False,
-        "motion_scale": 1.0, "threads": 3,
+        "motion_scale": 1.0, "by_points": False, "threads": 3,
     }  # fmt: skip
     assert animate(files, "--adapt-scale", "--motion-scale", "0.5") == 0
     assert StandIn.made[1].options == {
         "bundle": str(files["bundle"]), "backend": "auto", "motion": "relative", "adapt_scale": True,
-        "motion_scale": 0.5,
+        "motion_scale": 0.5, "by_points": False,
     }  # fmt: skip
 
 
@@ -473,37 +472,13 @@ def test_ctrl_c_from_a_terminal(files: dict[str, Path], times: int) -> None:
 # Faces
 
 
-def blobs(image: np.ndarray) -> list[Face]:
-    """Plays the detector: a face is a bright square on black, as bright as it is sure."""
-    found = []
-    for level in np.unique(image[::2, ::2, 1] // 32 * 32)[::-1]:
-        rows, columns = np.nonzero((image[..., 1] // 32 * 32 == level) & (level >= 64))
-        if len(rows) > 100:
-            box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
-            found.append(Face(box, float(level) / 256))
-    return found
+def walking(path: Path, faces: Any, count: int = 12) -> Path:
+    return write_clip(path, [faces({200: (20 + 4 * number, 50)}, 40) for number in range(count)], audio=True)
 
 
-@pytest.fixture
-def detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dagan_rt.faces.load_detector", lambda *_, **__: blobs)
-
-
-def with_faces(places: dict[int, tuple[int, int]], side: int = 20, size: tuple[int, int] = (120, 200)) -> np.ndarray:
-    """A black picture with faces of these levels, left upper corners (x, y)."""
-    picture = np.zeros((*size, 3), np.uint8)
-    for level, (x, y) in places.items():
-        picture[y : y + side, x : x + side] = level
-    return picture
-
-
-def walking(path: Path, count: int = 12) -> Path:
-    return write_clip(path, [with_faces({200: (20 + 4 * number, 50)}, 40) for number in range(count)], audio=True)
-
-
-def test_the_square_follows_the_face(files: dict[str, Path], detected: None) -> None:
-    Image.fromarray(with_faces({150: (150, 70)})).save(files["source"])
-    walking(files["driving"])
+def test_the_square_follows_the_face(files: dict[str, Path], faces: Any) -> None:
+    Image.fromarray(faces({150: (150, 70)})).save(files["source"])
+    walking(files["driving"], faces)
     assert animate(files, "--crop", "auto") == 0
     (model,) = StandIn.made
     # A face of side s in a square of side 1.8 s: its share of the square's pixels, whatever place it walked to.
@@ -514,10 +489,10 @@ def test_the_square_follows_the_face(files: dict[str, Path], detected: None) -> 
     assert len(model.driven) == 12 and np.ptp(model.driven) < 12  # as much of the face in each
 
 
-def test_a_result_is_put_back_where_it_came_from(files: dict[str, Path], detected: None) -> None:
-    picture = with_faces({150: (150, 70)}, size=(121, 201))  # odd sides
+def test_a_result_is_put_back_where_it_came_from(files: dict[str, Path], faces: Any) -> None:
+    picture = faces({150: (150, 70)}, size=(121, 201))  # odd sides
     Image.fromarray(picture).save(files["source"])
-    walking(files["driving"])
+    walking(files["driving"], faces)
     assert animate(files, "--crop", "auto", "--paste-back", "--crf", "0") == 0
     with av.open(str(files["out"])) as container:
         shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -528,9 +503,9 @@ def test_a_result_is_put_back_where_it_came_from(files: dict[str, Path], detecte
     assert changed.any() and rows.min() >= 61 and rows.max() <= 98 and columns.min() >= 141 and columns.max() <= 178
 
 
-def test_one_of_several_faces_or_all_of_them(files: dict[str, Path], detected: None) -> None:
-    Image.fromarray(with_faces({100: (20, 20), 220: (90, 60), 160: (160, 30)})).save(files["source"])
-    walking(files["driving"])
+def test_one_of_several_faces_or_all_of_them(files: dict[str, Path], faces: Any) -> None:
+    Image.fromarray(faces({100: (20, 20), 220: (90, 60), 160: (160, 30)})).save(files["source"])
+    walking(files["driving"], faces)
     for which, levels in (("1", [100]), ("3", [160]), ("largest", [100])):
         StandIn.made.clear()
         assert animate(files, "--crop", "auto", "--face", which) == 0
@@ -541,9 +516,26 @@ def test_one_of_several_faces_or_all_of_them(files: dict[str, Path], detected: N
     assert all(len(model.driven) == 12 and model.closed for model in StandIn.made)
 
 
-def test_the_best_frame_is_found_in_the_followed_square(files: dict[str, Path], detected: None) -> None:
-    Image.fromarray(with_faces({150: (150, 70)})).save(files["source"])
-    walking(files["driving"])
+def test_the_driving_face_is_chosen_too(files: dict[str, Path], faces: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The right one of two; it is there from the sixth frame on, and the crop waits for it where it will be."""
+    Image.fromarray(faces({150: (150, 70)})).save(files["source"])
+    both = {100: (30, 40), 200: (140, 40)}
+    write_clip(files["driving"], [faces({100: (30, 40)} if number < 5 else both, 30) for number in range(10)])
+    driven = {}
+    for which in ("largest", "1", "2"):
+        assert animate(files, "--crop", "auto", "--driving-face", which) == 0
+        driven[which] = StandIn.made[-1].driven
+    assert driven["1"] == driven["largest"] and max(driven["1"][5:]) < 70  # the left one, of level 100
+    assert max(driven["2"][:5]) < 5 and min(driven["2"][5:]) > 90  # the right one, of level 200
+    assert animate(files, "--crop", "auto", "--driving-face", "3") == 2
+    assert (
+        f"--driving-face must be from 1 to 2, the faces found in {files['driving']}, got 3" in capsys.readouterr().err
+    )
+
+
+def test_the_best_frame_is_found_in_the_followed_square(files: dict[str, Path], faces: Any) -> None:
+    Image.fromarray(faces({150: (150, 70)})).save(files["source"])
+    walking(files["driving"], faces)
     assert animate(files, "--crop", "auto", "--find-best-frame") == 0
     (model,) = StandIn.made
     assert len(model.driven) == 13 and model.driven[0] in model.driven[1:]
@@ -556,7 +548,7 @@ def test_a_large_portrait_is_shrunk_to_be_pasted_into(files: dict[str, Path]) ->
         assert (container.streams.video[0].width, container.streams.video[0].height) == (1920, 800)
 
 
-def test_no_face_is_one_sentence(files: dict[str, Path], detected: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_face_is_one_sentence(files: dict[str, Path], faces: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source = Image.open(files["source"]).copy()
     Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(files["source"])
     assert animate(files, "--crop", "auto") == 2
@@ -578,6 +570,12 @@ def test_no_face_is_one_sentence(files: dict[str, Path], detected: None, capsys:
         (("--face", "0", "--crop", "auto"), "--face must be largest, all, or a number from 1, got '0'"),
         (("--face", "left", "--crop", "auto"), "--face must be largest, all, or a number from 1, got 'left'"),
         (("--face", "all", "--crop", "auto"), "--face all needs --paste-back"),
+        (("--driving-face", "2"), "--driving-face 2 needs --crop auto"),
+        (("--driving-face", "all", "--crop", "auto"), "--driving-face must be largest, or a number from 1, got 'all'"),
+        (
+            ("--driving-face", "1", "--crop", "auto", "--driving", "nod.motion"),
+            "--driving-face needs pictures, and motion template nod.motion holds none",
+        ),
         (("--paste-back", "--side-by-side"), "give one of the two"),
         (("--crop", "auto", "--detector", "no.onnx"), "no.onnx cannot be read"),
     ],
@@ -726,7 +724,7 @@ def test_a_template_is_of_other_weights(
     assert animate(files, bundle=tiny_bundle, driving=template) == 2
     assert "was recorded with other weights (abababababab…)" in capsys.readouterr().err
     assert animate(files, "--side-by-side", bundle=tiny_bundle, driving=template) == 2
-    assert f"--side-by-side shows driving frames, and motion template {template} holds none" in capsys.readouterr().err
+    assert f"--side-by-side needs pictures, and motion template {template} holds none" in capsys.readouterr().err
     template.write_bytes(b"no")
     assert animate(files, bundle=tiny_bundle, driving=template) == 2
     assert f"motion template {template} is damaged or no template" in capsys.readouterr().err

@@ -59,13 +59,7 @@ def files(tmp_path: Path, weights: Callable[[str], Path]) -> dict[str, Path]:
     """A bundle, a portrait and a clip that are wider than high, and a place for the sheet."""
     portrait = np.pad(draw_clip(HELD_OUT[0], 1, 64).frames[0], [(0, 0), (20, 10), (0, 0)])
     Image.fromarray(portrait).save(tmp_path / "portrait.png")
-    frames = draw_clip(HELD_OUT[1], 6, 64).frames
-    with av.open(str(tmp_path / "clip.mp4"), "w") as output:
-        stream: Any = output.add_stream("libx264", rate=Fraction(25), options={"crf": "5"})
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for image in frames:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        output.mux(stream.encode())
+    write(tmp_path / "clip.mp4", list(draw_clip(HELD_OUT[1], 6, 64).frames))
     (tmp_path / "result").mkdir()
     return {
         "bundle": weights("dagan"),
@@ -129,6 +123,45 @@ def test_every_variant_is_explained(
     assert (f"depth       none: {variant} has no depth" in said) == (not VARIANTS[variant].uses_depth)
 
 
+def test_the_squares_are_those_of_animate(
+    files: dict[str, Path], small_model: Any, faces: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is drawn of them: what is looked at is the chosen face of each picture."""
+    from dagan_rt import inspection
+
+    looked_at: list[list[np.ndarray]] = []
+    looks = inspection.inspect
+
+    def noted(model: Any, *images: np.ndarray, **options: Any) -> Any:
+        looked_at.append(list(images))
+        return looks(model, *images, **options)
+
+    monkeypatch.setattr(inspection, "inspect", noted)
+    Image.fromarray(faces({96: (20, 20), 220: (150, 60)}, 20)).save(files["source"])
+    frames = [faces({100: (8 + number, 40), 200: (120, 40 + number)}, 40) for number in range(8)]
+    write(files["driving"], frames)
+    Image.fromarray(frames[7]).save(files["source"].with_name("still.png"))
+    options = ("--crop", "auto", "--face", "2", "--driving-face", "2")
+    assert explain(files, *options, "--frame", "7") == 0
+    assert explain(files, *options, driving=files["source"].with_name("still.png")) == 0
+    (source, shown, initial), (_, still, nothing) = looked_at
+    middle = slice(20, 44)
+    assert np.abs(source[middle, middle].astype(int) - 220).max() <= 2 and nothing is None
+    for image in (shown, initial, still):
+        assert np.abs(image[middle, middle].astype(int) - 200).max() <= 8
+        assert 0.7 < (image[..., 1] > 100).mean() * 1.8**2 < 1.3
+
+
+def write(path: Path, images: list[np.ndarray]) -> None:
+    with av.open(str(path), "w") as output:
+        stream: Any = output.add_stream("libx264", rate=Fraction(25), options={"crf": "5"})
+        stream.height, stream.width, _ = images[0].shape
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        output.mux(stream.encode())
+
+
 def test_an_exported_bundle_is_explained(files: dict[str, Path], tiny_bundle: Path) -> None:
     assert explain(files, bundle=tiny_bundle) == 0
     assert files["out"].is_file()
@@ -181,6 +214,8 @@ def test_bad_input_is_one_sentence_and_no_output(
         ({}, ("--pixel", "0", "-1"), "--pixel must be X Y in 0..63 of the model's 64 x 64 pixels, got 0 -1"),
         ({}, ("--frame", "6"), "--frame must be 0 to 5 in "),
         ({}, ("--frame", "-1"), "--frame must be at least 0, got -1"),
+        ({}, ("--face", "2"), "--face 2 needs --crop auto, which finds faces"),
+        ({}, ("--crop", "auto", "--detector", "no.onnx"), "no.onnx cannot be read"),
         ({}, ("--absolute", "--adapt-scale"), "--adapt-scale is about motion since an initial frame"),
     ]:  # fmt: skip
         content = still.read_bytes()

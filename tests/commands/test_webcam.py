@@ -233,11 +233,12 @@ def test_options_reach_the_model(files: dict[str, Any]) -> None:
     assert webcam(files, "--absolute", "--backend", "torch", "--threads", "3", out=None) == 0
     assert StandIn.made[0].options == {
         "bundle": str(files["bundle"]), "backend": "torch", "motion": "absolute", "adapt_scale": False,
-        "motion_scale": 1.0, "threads": 3,
+        "motion_scale": 1.0, "by_points": False, "threads": 3,
     }  # fmt: skip
     assert webcam(files, "--adapt-scale", "--frames", "1", bundle="grpc://host:8001", out=None) == 0
     assert StandIn.made[1].options == {
         "bundle": "grpc://host:8001", "backend": "auto", "motion": "relative", "adapt_scale": True, "motion_scale": 1.0,
+        "by_points": False,
     }  # fmt: skip
     assert len(StandIn.made[1].driven) == 1
     assert list(files["out"].parent.iterdir()) == []
@@ -352,6 +353,48 @@ def virtual(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(VirtualCamera, "made", [])
     monkeypatch.setitem(sys.modules, "pyvirtualcam", SimpleNamespace(Camera=VirtualCamera))
     return VirtualCamera
+
+
+def walking(files: dict[str, Any], faces: Any, count: int = 12) -> None:
+    """A driver whose face comes after four frames and walks on; and portraits with a face at the edge."""
+    for path, level in zip(files["source"], (100, 160), strict=True):
+        Image.fromarray(faces({level: (150, 70)})).save(path)
+    frames = [faces({200: (20 + 4 * number, 50)} if number > 3 else {}, 40) for number in range(count)]
+    write_clip(files["driver"], frames)
+
+
+def test_the_square_follows_the_face_once_it_is_there(
+    files: dict[str, Any], faces: Any, virtual: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagan_rt.cropping.PAUSE", 0.0)
+    walking(files, faces)
+    assert webcam(files, "--crop", "auto", "--virtual-camera") == 0
+    (model,) = StandIn.made
+    of_face = 200 / 1.8**2  # of a face of side s in a square of side 1.8 s
+    assert model.sources == pytest.approx([of_face / 2], abs=3)
+    assert len(model.driven) >= 3 and model.driven == pytest.approx([of_face] * len(model.driven), abs=6)
+    (made,) = virtual.made
+    waited = len(made.sent) - len(model.driven)
+    assert waited >= 1 and made.sent[:waited] == [model.sources[0]] * waited  # the portrait as it is
+    assert levels_of(files["out"]) == pytest.approx([255 - of_face] * len(model.driven), abs=6)
+    assert f"{len(model.driven)} frames in " in capsys.readouterr().out
+
+
+def test_nobody_comes(files: dict[str, Any], faces: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    walking(files, faces, count=4)
+    assert webcam(files, "--crop", "auto") == 0
+    assert capsys.readouterr().out == "no frame was shown: no face was found\n"
+    assert list(files["out"].parent.iterdir()) == [] and StandIn.made[0].driven == []
+
+
+def test_results_are_marked(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagan_rt.watermark import SURE, detect
+
+    monkeypatch.setattr(f"{__name__}.SIZE", 128)
+    for options, marked in (((), False), (("--watermark", "invisible"), True)):
+        assert webcam(files, *options) == 0
+        with VideoReader(files["out"]) as reader:
+            assert (detect(reader) > SURE) == marked
 
 
 @pytest.mark.parametrize(("options", "device"), [((), None), (("/dev/video9",), "/dev/video9")])
@@ -495,6 +538,9 @@ def test_bad_input_is_one_sentence_and_no_output(
         ({}, ("--seconds", "0"), "--seconds must be over 0, got 0.0"),
         ({}, ("--seconds", "nan"), "--seconds must be over 0, got nan"),
         ({}, ("--frames", "0"), "--frames must be at least 1, got 0"),
+        ({}, ("--driving-face", "2"), "--driving-face 2 needs --crop auto"),
+        ({}, ("--face", "all", "--crop", "auto"), "--face must be largest, or a number from 1, got 'all'"),
+        ({"out": tmp_path / "result" / "out.gif"}, ("--watermark", "invisible"), "does not survive the few colours"),
         ({}, ("--absolute", "--adapt-scale"), "--adapt-scale"),
     ]:
         assert webcam(files, *options, **changed) == 2
@@ -514,7 +560,7 @@ def test_a_bundle_that_cannot_be_used_leaves_no_output(
     assert list(files["out"].parent.iterdir()) == []
 
 
-STATUS = Status(29.96, 0.0342, 12, "relative", True, 1, 3, "recording", False)
+STATUS = Status(29.96, 0.0342, 12, "relative", True, 1, 3, "recording", True, False)
 
 
 def test_the_line_below_the_pictures() -> None:
@@ -523,6 +569,7 @@ def test_the_line_below_the_pictures() -> None:
     )
     alone = STATUS._replace(motion="absolute", adapt_scale=False, portraits=1, recording="")
     assert describe(alone) == "30.0 fps | 34 ms | 12 dropped | absolute | h: help"
+    assert describe(alone._replace(seen=False)) == "30.0 fps | 34 ms | 12 dropped | absolute | no face yet | h: help"
 
 
 @pytest.mark.parametrize("size", [64, 256, 512])
