@@ -22,6 +22,7 @@ LIVE_FOR = 300  # seconds after which a camera has to be started again
 LIVE_EVERY = 0.1  # seconds from one picture of the camera to the next, at least
 
 CROPS = {"center": "center", "follow the face": "auto"}
+MARKS = {"none": "", "visible": "visible", "invisible": "invisible"}
 OPENED = State("Give a portrait and a clip, then press Animate.")
 
 
@@ -53,6 +54,11 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
                 )  # fmt: skip
                 adapt = gr.Checkbox(label="Adapt the motion's scale to the faces", elem_id="adapt")
                 crop = gr.Radio(list(CROPS), value="center", label="Crop", elem_id="crop")
+                paste = gr.Checkbox(label="Put the result back into the whole portrait", elem_id="paste")
+                watermark = gr.Radio(
+                    list(MARKS), value="none", label="Mark the video as synthetic", elem_id="watermark",
+                    info="visible: a word in its corner; invisible: a pattern that dagan-rt info finds",
+                )  # fmt: skip
             with gr.Column(scale=4, min_width=320):
                 words = gr.HTML(markup.progress(OPENED), elem_id="words")
                 pictures = gr.HTML(markup.now(OPENED), elem_id="now")
@@ -75,7 +81,11 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         many: dict[str, Any] = {"concurrency_limit": studio.line.most + 1, "concurrency_id": "runs"}
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         run = animate.click(
-            do.animate, [portrait, clip, *options], [*shown, video, download, animate, stop], **many, **quiet
+            do.animate,
+            [portrait, clip, *options, paste, watermark],
+            [*shown, video, download, animate, stop],
+            **many,
+            **quiet,
         )
         stop.click(do.stop, None, [words, animate, stop], cancels=run, **quiet)
         camera.stream(
@@ -95,7 +105,7 @@ class _Handlers:
         self._studio, self._folder = studio, folder
 
     def animate(
-        self, portrait: str | None, clip: str | None, motion: str, adapt: bool, crop: str
+        self, portrait: str | None, clip: str | None, motion: str, adapt: bool, crop: str, paste: bool, watermark: str
     ) -> Iterator[tuple[Any, ...]]:
         """A run from beginning to end, as values for the components."""
         looked_at = -1
@@ -104,7 +114,7 @@ class _Handlers:
             state = State(f"Give a {missing} first.", failed=True)
             yield *self._shown(state), *_result(None), gr.skip(), gr.skip()
             return
-        request = Request(Path(portrait), Path(clip), self._folder, motion, adapt, CROPS[crop])
+        request = Request(Path(portrait), Path(clip), self._folder, motion, adapt, CROPS[crop], paste, MARKS[watermark])
         for state in self._studio.run(request):
             shown = self._shown(state, again=state.looked_at != looked_at)
             looked_at = state.looked_at or -1

@@ -63,7 +63,7 @@ def now(state: State) -> str:
     """Source, driving frame and result, side by side."""
     shown = (
         ("Source", "the portrait as the model sees it", state.source),
-        ("Driver", "the clip, cropped", state.driving),
+        ("Driver", "what drives, as the model sees it", state.driving),
         ("Result", "the portrait's answer", state.result),
     )
     figures = "".join(_figure(title, words, picture) for title, words, picture in shown)

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,14 +22,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dagan_rt.bundle import Bundle
-from dagan_rt.cropping import around, center, first_face, follow
+from dagan_rt.cropping import Follower
+from dagan_rt.driving import Clip
 from dagan_rt.errors import InputError, MissingPackage, require
 from dagan_rt.faces import AUTO, FaceDetector, load_detector
-from dagan_rt.images import center_square, read_image
+from dagan_rt.images import check_picture
+from dagan_rt.live import Squares, centered
 from dagan_rt.page.line import Line
 from dagan_rt.pipeline import read_ahead
+from dagan_rt.portrait import Pasted, Portrait, read_portrait
 from dagan_rt.reenactor import Reenactor, check_motion, open_loaded
-from dagan_rt.video import Frame, VideoReader, VideoWriter
+from dagan_rt.video import VideoWriter
+from dagan_rt.watermark import KINDS, mark
 
 if TYPE_CHECKING:
     from dagan_rt.explanation import Panel
@@ -38,11 +42,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CROPS = ("center", "auto")
-MOST_RATE = 120  # frames a second of a clip, up to which its length bounds the work
 SHOWN_EVERY = 0.2  # seconds from one state to the next
 LOOKING = 0.25  # share of the time that looking inside may take
 LATEST = 100  # frames of which the latency is told while a run goes on
-NO_FACE = "choose the crop “center”, or one with a face that is clearer"
 
 
 class Request(NamedTuple):
@@ -54,6 +56,8 @@ class Request(NamedTuple):
     motion: str = "relative"  # or "absolute"
     adapt_scale: bool = False
     crop: str = "center"  # or "auto": around the face, which is followed
+    paste_back: bool = False  # the result shows the whole portrait
+    watermark: str = ""  # or one of `dagan_rt.watermark.KINDS`
 
 
 class Row(NamedTuple):
@@ -69,7 +73,8 @@ class State:
     """How far a run is, all that can be shown of it.
 
     words: a sentence. done, total: frames; total is None where the file does not say.
-    source, driving, result: uint8 [size, size, 3] RGB, of the latest frame; None before there is one.
+    source, driving, result: uint8 [size, size, 3] RGB, of the latest frame, as the model sees and gives it; None before
+    there is one.
     panels: what was seen inside the networks at frame number `looked_at`, the same tuple until the next look.
     latency: whole frames first, then stages. video: the result, once it is whole. failed: `words` says why.
     """
@@ -153,7 +158,10 @@ class Studio:
 
     def live(self, portrait: Path, motion: str = "relative", adapt_scale: bool = False, crop: str = "center") -> Live:
         """A session for frames as they come; arguments as of `Request`. Raises InputError for a bad portrait."""
-        return Live(self, self.portrait(portrait, crop), motion, adapt_scale)
+        detector = self._finds(crop)
+        (source,) = read_portrait(portrait, detector).sources(self.size)
+        squares = centered if detector is None else Follower(detector)
+        return Live(self, source, motion, adapt_scale, squares)
 
     def told(self, error: Exception) -> str:
         """One sentence for a person about what went wrong; what only a programmer understands goes to the log."""
@@ -163,18 +171,6 @@ class Studio:
             return "This machine has not enough memory for that: give a smaller picture or clip."
         log.error("a run of the page failed", exc_info=error)
         return "Something went wrong in the program, not with your files; its log on the server says what."
-
-    def portrait(self, path: Path, crop: str) -> np.ndarray:
-        """The square of a picture that the model sees, uint8 [size, size, 3]."""
-        picture = read_image(path)
-        height, width, _ = picture.shape
-        if crop == "center":
-            return center(width, height).cut(picture, self.size)
-        faces = self.detector(picture)
-        if not faces:
-            raise InputError(f"no face was found in the portrait {path.name}: {NO_FACE}")
-        largest = max(faces, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])))
-        return around(largest.box, width, height).whole().cut(picture, self.size)
 
     @property
     def detector(self) -> FaceDetector:
@@ -190,24 +186,33 @@ class Studio:
         reenactor.set_source(source)
         return reenactor, Looks(None if self.blind else self._model, source, motion == "relative", adapt_scale)
 
+    def _finds(self, crop: str) -> FaceDetector | None:
+        """What finds the faces of a crop, None for the centred one."""
+        return self.detector if crop == "auto" else None
+
     def _animate(self, request: Request) -> Iterator[State]:
         _check(request)
         yield State("Reading the portrait and the clip.")
-        source = self.portrait(request.portrait, request.crop)
-        with VideoReader(request.clip) as reader:
-            total = self._expected(reader)
+        detector = self._finds(request.crop)
+        portrait = read_portrait(request.portrait, detector, whole=request.paste_back)
+        (source,) = portrait.sources(self.size)
+        with Clip(request.clip, self.most_seconds) as clip:
+            clip.open(self.size, detector)
+            shown, width, height = self._shown(request, portrait)
             reenactor, looks = self.session(source, request.motion, request.adapt_scale)
             # Of this run alone: nobody else learns its name.
             folder = Path(tempfile.mkdtemp(prefix="result-", dir=request.folder))
             timer = Timer(self.backend_name)
-            state = State("", total=total, source=source)
+            state = State("", total=clip.frame_count, source=source)
             try:
-                writer = self._writer(folder / "result.mp4", reader)
-                with reenactor, writer, read_ahead(self._squares(reader, request)) as frames:
+                writer = VideoWriter(
+                    folder / "result.mp4", clip.fps, width, height, audio_from=clip.audio, time_base=clip.time_base
+                )
+                with reenactor, writer, read_ahead(clip.items()) as frames:
                     for frame in frames:
                         with timer:
                             result = reenactor.drive(frame.image)
-                        writer.write(result, frame.time, frame.duration)
+                        writer.write(shown(result), frame.time, frame.duration)
                         looks.look(frame.image, timer.frames)
                         state = _at(state, frame.image, result, timer, looks)
                         if timer.shown_again():
@@ -215,62 +220,37 @@ class Studio:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-        problem = f"; the clip is damaged after that ({reader.problem})" if reader.problem else ""
+        problem = f"; the clip is damaged after that ({clip.problem})" if clip.problem else ""
         words = f"Done: {timer.frames} frames in {timer.elapsed:.1f} s{problem}."
         yield replace(state, words=words, total=timer.frames, video=writer.path)
 
-    def _writer(self, path: Path, reader: VideoReader) -> VideoWriter:
-        sound = reader.path if reader.has_audio else None
-        return VideoWriter(path, reader.fps, self.size, self.size, audio_from=sound, time_base=reader.time_base)
+    def _shown(self, request: Request, portrait: Portrait) -> tuple[Callable[[np.ndarray], np.ndarray], int, int]:
+        """What the video shows of a result, and its width and height."""
+        pasted = Pasted(portrait) if request.paste_back else None
 
-    def _squares(self, reader: VideoReader, request: Request) -> Iterator[Frame]:
-        """The frames of a clip as the model takes them, as many as are allowed."""
-        if request.crop == "center":
-            for frame in self.allowed(reader.timed(), request.clip.name):
-                yield frame._replace(image=center_square(frame.image, self.size))
-            return
-        with VideoReader(request.clip) as earlier:
-            images = (frame.image for frame in self.allowed(earlier.timed(), request.clip.name, whole=False))
-            try:
-                box = first_face(images, self.detector, request.clip.name)
-            except InputError:
-                raise InputError(f"no face was found in the clip {request.clip.name}: {NO_FACE}") from None
-        for frame, square in follow(self.allowed(reader.timed(), request.clip.name), self.detector, box):
-            yield frame._replace(image=square.cut(frame.image, self.size))
+        def shown(result: np.ndarray) -> np.ndarray:
+            image = result if pasted is None else pasted([result])
+            return mark(image, request.watermark) if request.watermark else image
 
-    def allowed(self, frames: Iterable[Frame], name: str, whole: bool = True) -> Iterator[Frame]:
-        """The frames up to the longest clip that is allowed; where there are more, InputError, unless not `whole`."""
-        for number, frame in enumerate(frames):
-            if frame.time >= self.most_seconds or number >= self.most_seconds * MOST_RATE:
-                if not whole:
-                    return
-                raise self._too_long(name)
-            yield frame
-
-    def _expected(self, reader: VideoReader) -> int | None:
-        """How many frames the file says it has; a clip that says it is too long is refused before the work begins."""
-        if reader.frame_count is not None and reader.frame_count / reader.fps > self.most_seconds + 1:
-            raise self._too_long(reader.path.name)
-        return reader.frame_count
-
-    def _too_long(self, name: str) -> InputError:
-        return InputError(f"the clip {name} is longer than {self.most_seconds:g} seconds: cut it first")
+        return shown, *((self.size, self.size) if pasted is None else (pasted.width, pasted.height))
 
 
 class Live:
     """One portrait that follows a camera; of one person, who calls it from one thread at a time."""
 
-    def __init__(self, studio: Studio, source: np.ndarray, motion: str, adapt_scale: bool) -> None:
-        """source: uint8 [size, size, 3]; see `Studio.live`."""
-        self._studio, self._source = studio, source
+    def __init__(
+        self, studio: Studio, source: np.ndarray, motion: str, adapt_scale: bool, squares: Squares = centered
+    ) -> None:
+        """source: uint8 [size, size, 3]; squares: what of a camera's picture drives; see `Studio.live`."""
+        self._studio, self._squares = studio, squares
         self._reenactor, self._looks = studio.session(source, motion, adapt_scale)
         self._timer = Timer(studio.backend_name)
         self._state = State("", source=source)
 
     def drive(self, image: np.ndarray) -> State:
-        """What comes of a camera's picture, uint8 [H, W, 3], of which the centred square is used; nothing is raised.
+        """What comes of a camera's picture, uint8 [H, W, 3]; nothing is raised.
 
-        While somebody else's run goes on, the state says so and the picture stays as it was.
+        While somebody else's run goes on, or there is no face yet, the state says so and the result stays as it was.
         """
         try:
             ticket = self._studio.line.join()
@@ -279,7 +259,11 @@ class Live:
         try:
             if ahead := self._studio.line.wait(ticket, 0.5):
                 return replace(self._state, words=f"Waiting: {_runs(ahead)} before yours.")
-            frame = center_square(image, self._studio.size)
+            check_picture(image, "image")
+            square = self._squares(image, time.monotonic())
+            if square is None:
+                return replace(self._state, words="No face is in sight yet.")
+            frame = square.cut(image, self._studio.size)
             with self._timer:
                 result = self._reenactor.drive(frame)
             self._looks.look(frame, self._timer.frames)
@@ -406,6 +390,8 @@ def _panels(found: Inspection) -> tuple[Panel, ...]:
 def _check(request: Request) -> None:
     if request.crop not in CROPS:
         raise InputError(f"crop must be {' or '.join(CROPS)}, got {request.crop!r}")
+    if request.watermark not in ("", *KINDS):
+        raise InputError(f"watermark must be {', '.join(KINDS)} or nothing, got {request.watermark!r}")
     if request.adapt_scale and request.motion == "absolute":
         raise InputError("adapt scale is about relative motion: switch it off, or choose relative")
 

@@ -138,7 +138,7 @@ def test_a_clip_is_animated_watched_and_downloaded(
         ("text", "clip", "center", "Image text.png is not an image"),
         ("portrait", "broken", "center", "Video broken.mp4 is not a video this program reads"),
         ("portrait", "long", "center", "The clip long.mp4 is longer than 2 seconds: cut it first"),
-        ("portrait", "faceless", "follow the face", "No face was found in the clip faceless.mp4: choose the crop"),
+        ("portrait", "faceless", "follow the face", "No face was found in faceless.mp4: choose center as the crop"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(

@@ -13,8 +13,9 @@ import av
 import numpy as np
 import pytest
 
+from dagan_rt import driving
 from dagan_rt.bundle import write_manifest
-from dagan_rt.cropping import center
+from dagan_rt.cropping import around, center
 from dagan_rt.errors import InputError
 from dagan_rt.faces import Face
 from dagan_rt.images import center_square, read_image
@@ -67,6 +68,32 @@ def test_the_result_is_what_the_reenactor_gives(
         packets = [bytes(packet) for packet in clip.demux(audio=0)]
         made.seek(0)
         assert [bytes(packet) for packet in made.demux(audio=0)] == packets
+
+
+def test_the_video_shows_the_whole_portrait_and_its_mark(
+    studio: Studio, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `dagan-rt animate --paste-back --watermark` writes them; the pictures beside it are those of the model."""
+    from dagan_rt.portrait import Pasted, read_portrait
+    from dagan_rt.watermark import mark
+
+    written: list[np.ndarray] = []
+    write = VideoWriter.write
+    monkeypatch.setattr(
+        VideoWriter, "write", lambda writer, image, *when: (written.append(image.copy()), write(writer, image, *when))
+    )
+    monkeypatch.setattr(studio, "_detector", lambda image: [Face(np.array([30, 10, 70, 60], np.float32), 0.9)])
+    plain = [state for state in studio.run(request_._replace(crop="auto")) if state.result is not None]
+    bare, written[:] = written[:], []
+    *_, last = studio.run(request_._replace(crop="auto", paste_back=True, watermark="visible"))
+    portrait = read_portrait(request_.portrait, studio.detector, whole=True)
+    pasted = Pasted(portrait)
+    expected = [mark(pasted([image]), "visible") for image in bare]
+    assert len(expected) == 8 and (np.stack(written) == np.stack(expected)).all()
+    assert last.result is not None and (last.result == plain[-1].result).all()
+    assert last.video is not None
+    with VideoReader(last.video) as reader:
+        assert (reader.width, reader.height) == (94, 64)
 
 
 def test_states_show_the_run_as_it_goes_on(
@@ -130,6 +157,7 @@ def test_bad_files_are_one_sentence_without_a_path(
         ({"clip": given["portrait"].parent / "none.mp4"}, "Video none.mp4 does not exist"),
         ({"motion": "absolute", "adapt_scale": True}, "Adapt scale is about relative motion: switch it off"),
         ({"crop": "sideways"}, "Crop must be center or auto"),
+        ({"watermark": "loud"}, "Watermark must be visible, invisible or nothing"),
     ]:
         *_, last = studio.run(request_._replace(**changed))
         assert last.failed and last.video is None and last.words.startswith(expected), last.words
@@ -146,13 +174,13 @@ def test_a_clip_without_a_face_says_so(
     monkeypatch.setattr(studio, "_detector", detector)
     *_, last = studio.run(request_._replace(crop="auto", clip=given["faceless"]))
     assert last.words == (
-        "No face was found in the clip faceless.mp4: choose the crop “center”, or one with a face that is clearer"
+        "No face was found in faceless.mp4: choose center as the crop, or give one with a face that is clearer"
     )
     *_, last = studio.run(request_._replace(crop="auto"))
     assert last.video is not None and last.done == 8
     monkeypatch.setattr(studio, "_detector", lambda image: [])
     *_, last = studio.run(request_._replace(crop="auto"))
-    assert last.words.startswith("No face was found in the portrait portrait.png: choose the crop “center”")
+    assert last.words.startswith("No face was found in portrait.png: choose center as the crop")
 
 
 def test_length_is_bounded_by_frames_that_are_read_not_by_the_header(
@@ -161,7 +189,7 @@ def test_length_is_bounded_by_frames_that_are_read_not_by_the_header(
     class Liar(VideoReader):
         frame_count = property(lambda self: 5, lambda self, value: None)  # type: ignore[assignment]
 
-    monkeypatch.setattr(runs, "VideoReader", Liar)
+    monkeypatch.setattr(driving, "VideoReader", Liar)
     *_, last = studio.run(request_._replace(clip=given["long"]))
     assert last.failed and last.words == "The clip long.mp4 is longer than 2 seconds: cut it first"
     (tmp_path / "given").mkdir()
@@ -282,6 +310,24 @@ def test_a_camera_drives_frame_by_frame(
     live.close()
     bad = live.drive(np.zeros((4, 4), np.uint8))
     assert bad.failed and bad.words.startswith("Image must be uint8 [H, W, 3]")
+
+
+def test_a_camera_is_cropped_to_the_face(studio: Studio, request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    def detector(image: np.ndarray) -> list[Face]:
+        return [] if np.ptp(image) < 40 else [Face(np.array([10, 4, 40, 44], np.float32), 0.9)]
+
+    monkeypatch.setattr(studio, "_detector", detector)
+    monkeypatch.setattr("dagan_rt.cropping.PAUSE", 0.0)
+    live = studio.live(request_.portrait, crop="auto")
+    waiting = live.drive(np.full((48, 64, 3), 90, np.uint8))
+    assert waiting.words == "No face is in sight yet." and waiting.result is None and not waiting.failed
+    with VideoReader(request_.clip) as reader:
+        frame = next(iter(reader))
+    state = live.drive(frame)
+    expected = around(np.array([10, 4, 40, 44]), 64, 64).cut(frame, 64)
+    assert state.words == "Live." and state.driving is not None and (state.driving == expected).all()
+    assert state.source is not None and (state.source != source_of(request_.portrait)).any()
+    live.close()
 
 
 def test_wrong_arguments(tiny_bundle: Path) -> None:
