@@ -13,6 +13,7 @@ import pytest
 
 from dagan_rt.page.runs import Studio
 from dagan_rt.page.server import serving
+from dagan_rt.reenactor import Reenactor
 from dagan_rt.video import VideoReader
 
 pytest.importorskip("gradio", reason="the page needs dagan-rt[demo]")
@@ -99,13 +100,17 @@ def asked_elsewhere(page: Any, address: str) -> list[str]:
 
 
 def test_a_clip_is_animated_watched_and_downloaded(
-    page: Any, address: str, given: dict[str, Path], make_clip: Any, tmp_path: Path
+    page: Any, address: str, given: dict[str, Path], make_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drive = Reenactor.drive
+    monkeypatch.setattr(Reenactor, "drive", lambda *of: (time.sleep(0.03), drive(*of))[1])  # so that it can be watched
     with VideoReader(given["clip"]) as reader:
         frames = list(reader)
     (tmp_path / "given").mkdir()
     clip = make_clip(tmp_path / "given" / "{{1}} ${2} <b>.mp4", frames * 6)
     give(page, portrait=given["portrait"], clip=clip)
+    found(page, "#paste input")[0].click()
+    found(page, "#watermark input[value='visible']")[0].click()
     found(page, "#animate")[0].click()
     seen, said = set(), set()
 
@@ -123,12 +128,12 @@ def test_a_clip_is_animated_watched_and_downloaded(
     assert stages == ["whole frame", "source", "initial", "driving", "motion", "generator"]
     video = until(lambda: found(page, "#result video"))[0]
     until(lambda: page.execute_script("return arguments[0].readyState", video) >= 2)
-    assert page.execute_script("return [arguments[0].videoWidth, arguments[0].duration]", video) == [64, 1.92]
+    assert page.execute_script("return [arguments[0].videoWidth, arguments[0].duration]", video) == [94, 1.92]
     until(lambda: found(page, "#download"))[0].click()
     until(lambda: [path for path in tmp_path.glob("*.mp4")])
     (downloaded,) = tmp_path.glob("*.mp4")
     with VideoReader(downloaded) as reader:
-        assert len(list(reader)) == 48 and reader.has_audio and (reader.width, reader.height) == (64, 64)
+        assert len(list(reader)) == 48 and reader.has_audio and (reader.width, reader.height) == (94, 64)
     assert asked_elsewhere(page, address) == []
 
 
