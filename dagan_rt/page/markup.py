@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 STYLE = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 footer { display: none !important; }
+#clip video { max-height: 250px; }  /* of 300: the buttons stand below it */
 .heading h1 { margin: 0 0 .15em; font-size: 1.6rem; }
 .heading p, .pictures figcaption, .hint, .latency td.note { color: color-mix(in srgb, currentColor 72%, transparent); }
 .heading p { margin: 0; }
