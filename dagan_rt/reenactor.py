@@ -60,8 +60,7 @@ class Reenactor:
         Raises InputError if the bundle is damaged, the backend cannot run here or the server cannot be used,
         ValueError for a wrong argument.
         """
-        check_motion(motion, adapt_scale)
-        _check_motion_scale(motion, motion_scale)
+        check_motion(motion, adapt_scale, motion_scale)
         self._motion, self._adapt_scale, self._motion_scale = motion, adapt_scale, motion_scale
         opening = _open_remote if is_address(bundle) else _open_here
         opened = opening(bundle, backend, threads, by_points)
@@ -211,15 +210,12 @@ def is_address(bundle: object) -> bool:
     return isinstance(bundle, str) and "://" in bundle
 
 
-def check_motion(motion: str, adapt_scale: bool) -> None:
-    """Refuse a motion that is not one of `MOTIONS`, and a scale that has nothing to scale."""
+def check_motion(motion: str, adapt_scale: bool, motion_scale: float = 1.0) -> None:
+    """Refuse a motion that is not one of `MOTIONS`, a scale out of range, and one that has nothing to scale."""
     if motion not in MOTIONS:
         raise InputError(f"motion must be {' or '.join(MOTIONS)}, got {motion!r}")
     if adapt_scale and motion == "absolute":
         raise InputError("adapt_scale scales relative motion: it cannot be used with motion='absolute'")
-
-
-def _check_motion_scale(motion: str, motion_scale: float) -> None:
     if not 0 <= motion_scale <= 4:
         raise InputError(f"motion_scale must be 0 to 4, got {motion_scale}")
     if motion_scale != 1 and motion == "absolute":

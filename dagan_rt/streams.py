@@ -215,13 +215,15 @@ class Streams:
         """Side in pixels of the square images."""
         return self._frames.size
 
-    def open(self, source: np.ndarray, motion: str = "relative", adapt_scale: bool = False) -> Stream:
+    def open(
+        self, source: np.ndarray, motion: str = "relative", adapt_scale: bool = False, *, motion_scale: float = 1.0
+    ) -> Stream:
         """A new stream; waits until its source is computed, while the others go on.
 
-        source: HWC uint8 RGB, [size, size, 3]. motion, adapt_scale: as for `Reenactor`.
+        source: HWC uint8 RGB, [size, size, 3]. motion, adapt_scale, motion_scale: as for `Reenactor`.
         Raises InputError for a wrong argument, if all streams are taken or if there is not enough memory.
         """
-        check_motion(motion, adapt_scale)
+        check_motion(motion, adapt_scale, motion_scale)
         image = check_image("source", source, self.size)
         with self._lock:
             self._check_open()
@@ -231,7 +233,7 @@ class Streams:
                 )
             self._taken += 1
         try:
-            stream = Stream(self, motion == "relative", adapt_scale)
+            stream = Stream(self, motion == "relative", adapt_scale, motion_scale)
             stream.set_source(image)
         except BaseException:
             with self._lock:
@@ -420,7 +422,8 @@ class Streams:
             failure: Exception | None = None
             try:
                 with self._preparing:
-                    self._frames.begin(session.slot, first.image, first.stream._adapt_scale)
+                    stream = first.stream
+                    self._frames.begin(session.slot, first.image, stream._adapt_scale, stream._motion_scale)
             except Exception as error:
                 failure = error
             with self._lock:
@@ -484,8 +487,9 @@ class Streams:
 class Stream:
     """One session of `Streams`, which opens it. One thread may push while another pulls."""
 
-    def __init__(self, streams: Streams, relative: bool, adapt_scale: bool) -> None:
-        self._streams, self._relative, self._adapt_scale = streams, relative, adapt_scale
+    def __init__(self, streams: Streams, relative: bool, adapt_scale: bool, motion_scale: float) -> None:
+        self._streams, self._relative = streams, relative
+        self._adapt_scale, self._motion_scale = adapt_scale, motion_scale
         self._lock, self._arrived = streams._lock, threading.Condition(streams._lock)
         self._session: _Session | None = None
         self._source: np.ndarray | None = None

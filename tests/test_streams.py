@@ -58,7 +58,7 @@ class Device:
             self._fail("source", image[0, 0, 0])
             self.sources[slot], self.initial[slot] = int(image[0, 0, 0]), None
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
         with self._alone(slot, "begin"):
             if frame is not None:
                 assert self.beginning.wait(PATIENCE)
@@ -649,7 +649,15 @@ def test_wrong_options_are_refused(make: Any, options: dict[str, Any], words: st
         make(**options)
 
 
-@pytest.mark.parametrize("options", [{"motion": "sideways"}, {"motion": "absolute", "adapt_scale": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"motion": "sideways"},
+        {"motion": "absolute", "adapt_scale": True},
+        {"motion": "absolute", "motion_scale": 0.5},
+        {"motion_scale": 4.1},
+    ],
+)
 def test_wrong_motion_is_refused(make: Any, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="motion"):
         make().open(picture(1), **options)
@@ -763,12 +771,15 @@ def test_what_a_backend_has_of_its_own_is_used_and_closed(tiny_bundle: Path) -> 
     assert device.closed and not device.misused
 
 
-def test_three_streams_show_what_three_reenactors_show(tiny_bundle: Path) -> None:
+def test_streams_show_what_as_many_reenactors_show(tiny_bundle: Path) -> None:
     rng = np.random.default_rng(0)
-    sources = rng.integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)
-    clips = rng.integers(0, 256, (3, 4, 64, 64, 3)).astype(np.uint8)
-    options: list[dict[str, Any]] = [{}, {"motion": "absolute"}, {"adapt_scale": True}]
-    with Streams(tiny_bundle, backend="onnxruntime", most=3, queue=4, threads=1) as streams:
+    sources = rng.integers(0, 256, (5, 64, 64, 3)).astype(np.uint8)
+    clips = rng.integers(0, 256, (5, 4, 64, 64, 3)).astype(np.uint8)
+    options: list[dict[str, Any]] = [
+        {}, {"motion": "absolute"}, {"adapt_scale": True}, {"motion_scale": 0.5},
+        {"motion_scale": 2.0, "adapt_scale": True},
+    ]  # fmt: skip
+    with Streams(tiny_bundle, backend="onnxruntime", most=5, queue=4, threads=1) as streams:
         assert streams._schedule.batch == 1 and "onnxruntime (asked for by name)" in streams.report()
         opened = [streams.open(source, **option) for source, option in zip(sources, options, strict=True)]
         for number in range(4):

@@ -32,7 +32,7 @@ TYPES = {"UINT8": np.uint8, "BOOL": bool}
 UNABLE = "Unable to find shared memory region: '{}'"
 
 
-def drive(source: np.ndarray, initial: np.ndarray | None, frame: np.ndarray, scale: int = 1) -> np.ndarray:
+def drive(source: np.ndarray, initial: np.ndarray | None, frame: np.ndarray, scale: float = 1) -> np.ndarray:
     """What the model makes of them."""
     since = 0 if initial is None else 2 * initial.astype(int)
     return ((source.astype(int) + scale * (3 * frame.astype(int) - since)) % 256).astype(np.uint8)
@@ -51,9 +51,9 @@ class Arithmetic:
     def set_source(self, slot: int, image: np.ndarray) -> None:
         self._slots[slot] = (image.copy(), None, 1)
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
         initial = None if frame is None else frame.copy()
-        self._slots[slot] = (self._slots[slot][0], initial, 2 if adapt_scale else 1)
+        self._slots[slot] = (self._slots[slot][0], initial, motion_scale * (2 if adapt_scale else 1))
 
     def submit(self, slots: Sequence[int], frames: Sequence[np.ndarray]) -> Pending:
         self.gate.wait(20)

@@ -58,7 +58,7 @@ class Device:
         self._fail("source", level(image))
         self.sources[slot], self.initial[slot] = level(image), -1
 
-    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False) -> None:
+    def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
         if frame is not None:
             self._fail("begin", level(frame))
         self.initial[slot] = self.sources[slot] if frame is None else level(frame)
