@@ -126,6 +126,7 @@ class AsyncClient:
         motion: str = "relative",
         adapt_scale: bool = False,
         *,
+        motion_scale: float = 1.0,
         encoding: str | None = None,
         quality: int = 95,
         ahead: int = AHEAD,
@@ -134,13 +135,13 @@ class AsyncClient:
         """Start a session; waits until the server has computed the source.
 
         source: uint8 [size, size, 3], or a JPEG, PNG or WebP file in memory, cropped and resampled there.
-        motion, adapt_scale: as for `Reenactor`.
+        motion, adapt_scale, motion_scale: as for `Reenactor`; an older server refuses a `motion_scale` that is not 1.
         encoding, quality: how frames and images travel, "JPEG", "PNG" or "WEBP", where the network is slow; None: raw.
         ahead: frames that may be under way at once; the server's queue bounds it.
 
         Raises InputError for a wrong argument, ServerBusy if all sequences stay taken, or as `AsyncSession.drive`.
         """
-        arguments = (motion, adapt_scale, encoding, quality, ahead, self._sharing)
+        arguments = (motion, adapt_scale, motion_scale, encoding, quality, ahead, self._sharing)
         layout = self._layout
         session = AsyncSession(self, *arguments) if layout is None else AsyncGraphSession(self, layout, *arguments)
         try:

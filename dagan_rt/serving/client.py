@@ -60,6 +60,7 @@ class Client:
         motion: str = "relative",
         adapt_scale: bool = False,
         *,
+        motion_scale: float = 1.0,
         encoding: str | None = None,
         quality: int = 95,
         ahead: int = AHEAD,
@@ -67,8 +68,9 @@ class Client:
     ) -> Session:
         """Start a session; arguments and errors as for `AsyncClient.open`."""
         opened = self._client.open(
-            source, motion, adapt_scale, encoding=encoding, quality=quality, ahead=ahead, timeout=timeout
-        )
+            source, motion, adapt_scale, motion_scale=motion_scale, encoding=encoding, quality=quality, ahead=ahead,
+            timeout=timeout,
+        )  # fmt: skip
         return Session(self, self._run(opened))
 
     def close(self) -> None:

@@ -110,13 +110,13 @@ class AsyncGraphSession(AsyncSession):
     """As `AsyncSession`, on the ensembles."""
 
     def __init__(
-        self, client: AsyncClient, layout: Layout, motion: str, adapt_scale: bool, encoding: str | None, quality: int,
-        ahead: int, sharing: bool | str,
+        self, client: AsyncClient, layout: Layout, motion: str, adapt_scale: bool, motion_scale: float,
+        encoding: str | None, quality: int, ahead: int, sharing: bool | str,
     ) -> None:  # fmt: skip
         if encoding is not None:
             raise InputError(f"the layout graphs takes raw images alone, got encoding={encoding!r}: leave it out")
-        super().__init__(client, motion, adapt_scale, encoding, quality, ahead, sharing)
-        self._layout = layout
+        super().__init__(client, motion, adapt_scale, motion_scale, encoding, quality, ahead, sharing)
+        self._layout, self._motion_scale = layout, motion_scale
         self._every_turn = [self._turns.get_nowait() for _ in range(self.ahead)]
         for turn in self._every_turn:
             self._turns.put_nowait(turn)
@@ -252,8 +252,9 @@ class AsyncGraphSession(AsyncSession):
         course.keep(
             names, await self._ask(course, Call(KEYPOINTS_MODEL, {FRAME: frame[None]}, outputs), deadline), INITIAL
         )
-        if self._options["adapt_scale"]:
-            course.scale = movement_scale(course.points("source_"), course.points(INITIAL))
+        adapted = self._options["adapt_scale"]
+        scale = movement_scale(course.points("source_"), course.points(INITIAL)) if adapted else 1.0
+        course.scale = scale * self._motion_scale
 
     async def _ask(self, course: _State, call: Call, deadline: Deadline) -> dict[str, np.ndarray]:
         """A request whose outputs the course keeps. One that is late may yet write: its memory is given up."""

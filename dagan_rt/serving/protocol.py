@@ -11,13 +11,17 @@ A sequence is one session. Its requests, over gRPC or HTTP:
 `source`, `frame` and `image` are uint8 HWC RGB, [size, size, 3]; encoded ones are JPEG, PNG or WebP of any size, which
 are cropped to their centred square and resampled. The first frame of a sequence is its initial one. Request parameters:
 
-| parameter     | with     | value                                                                                    |
-|---------------|----------|------------------------------------------------------------------------------------------|
-| `motion`      | START    | "relative" (default) or "absolute"                                                       |
-| `adapt_scale` | START    | true or false (default)                                                                  |
-| `restart`     | START    | true: replace the sequence of that id if there is one; false (default): refuse           |
-| `encoding`    | any      | "JPEG", "PNG" or "WEBP": of `image_encoded`; it is made where this is given              |
-| `quality`     | any      | 1 to 95 (default 95), for JPEG and WebP                                                  |
+| parameter      | with     | value                                                                                   |
+|----------------|----------|-----------------------------------------------------------------------------------------|
+| `motion`       | START    | "relative" (default) or "absolute"                                                      |
+| `adapt_scale`  | START    | true or false (default)                                                                 |
+| `motion_scale` | START    | 0 to 4 (default 1): how far the source moves for what the driving face moves            |
+| `restart`      | START    | true: replace the sequence of that id if there is one; false (default): refuse          |
+| `encoding`     | any      | "JPEG", "PNG" or "WEBP": of `image_encoded`; it is made where this is given             |
+| `quality`      | any      | 1 to 95 (default 95), for JPEG and WebP                                                 |
+
+The two scales are for relative motion alone. A server refuses a parameter that it does not know: a client that may meet
+older servers leaves out those that have their default.
 
 `image_encoded` without `encoding` is a PNG if `image` was not asked for, and left out otherwise. Where only `kp_value`
 and `kp_jacobian` are asked for, the frame's key points are found and nothing moves; beside an image they are left out.
@@ -51,9 +55,11 @@ STREAM_MODEL = "reenact_stream"  # decoupled: a request holds many frames, [N, s
 OPEN_MODEL, KEYPOINTS_MODEL, DRIVE_MODEL = "dagan_open", "dagan_keypoints", "dagan_drive"  # of the layout "graphs"
 FRAME, FRAME_ENCODED, SOURCE, SOURCE_ENCODED, END = "frame", "frame_encoded", "source", "source_encoded", "end"
 IMAGE, IMAGE_ENCODED, POINTS = "image", "image_encoded", ("kp_value", "kp_jacobian")
-OPTIONS = ("motion", "adapt_scale", "restart", "encoding", "quality")
+OPTIONS = ("motion", "adapt_scale", "motion_scale", "restart", "encoding", "quality")
+UNKNOWN_OPTION = "parameter must be one of"  # what a server says of one that is younger than itself
 NEEDS_START = "must specify the START flag"  # what Triton says of a step whose sequence it does not know
 MOST_ENCODED = 32 << 20  # bytes
+Parameter = str | bool | int | float  # of a request
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class Options:
 
     motion: str = "relative"
     adapt_scale: bool = False
+    motion_scale: float = 1.0
     restart: bool = False
     encoding: str = ""
     quality: int = 95
@@ -114,8 +121,8 @@ class Options:
         hints = {entry.name: type(entry.default) for entry in fields(cls)}
         for name, value in parameters.items():
             if name not in hints:
-                raise InputError(f"parameter must be one of {', '.join(OPTIONS)}, got {str(name)[:80]!r}")
-            if type(value) is not hints[name]:
+                raise InputError(f"{UNKNOWN_OPTION} {', '.join(OPTIONS)}, got {str(name)[:80]!r}")
+            if type(value) is not hints[name] and (type(value), hints[name]) != (int, float):
                 raise InputError(f"parameter {name} must be {hints[name].__name__}, got {str(value)[:80]!r}")
         options = cls(**parameters)
         if options.encoding not in ("", *ENCODINGS):

@@ -44,18 +44,14 @@ class RemoteFrames:
         self._sources[slot] = image.copy()
 
     def begin(self, slot: int, frame: np.ndarray | None, adapt_scale: bool = False, motion_scale: float = 1.0) -> None:
-        """As in `Frames`, with `motion_scale` 1: the server has no other."""
-        if motion_scale != 1:
-            raise InputError(
-                f"a server's sessions move as far as the driving face: motion_scale must be 1, got {motion_scale}"
-            )
+        """As in `Frames`."""
         source = self._sources[slot]
         if source is None:
             raise InputError(f"slot {slot} has no source: call set_source first")
         self._end(slot)
         self._end_points()
         motion = "absolute" if frame is None else "relative"
-        session = self._sessions[slot] = self._client.open(source, motion, adapt_scale)
+        session = self._sessions[slot] = self._client.open(source, motion, adapt_scale, motion_scale=motion_scale)
         if frame is not None:
             try:
                 self._first[slot] = frame.copy(), session.drive(frame)

@@ -183,7 +183,7 @@ class Sequences:
     def _read(self, request: Request) -> _Mail:
         """Check all that can be checked before anything is decoded."""
         options = Options.read(request.parameters)
-        check_motion(options.motion, options.adapt_scale)
+        check_motion(options.motion, options.adapt_scale, options.motion_scale)
         sources = self._count(request, protocol.SOURCE, protocol.SOURCE_ENCODED)
         frames = self._count(request, protocol.FRAME, protocol.FRAME_ENCODED)
         if request.start and sources != 1:
@@ -304,7 +304,9 @@ class Sequences:
             if sequence.stream is not None:  # a restart
                 sequence.stream.close()
                 sequence.stream = None
-            sequence.stream = self._streams.open(sources[0], options.motion, options.adapt_scale)
+            sequence.stream = self._streams.open(
+                sources[0], options.motion, options.adapt_scale, motion_scale=options.motion_scale
+            )
         if sequence.stream is None:
             raise Refused("NOT_FOUND", f"sequence {sequence.id} is not open: its START failed; send START again")
         if not frames:

@@ -110,12 +110,13 @@ class AsyncSession:
         client: AsyncClient,
         motion: str,
         adapt_scale: bool,
+        motion_scale: float,
         encoding: str | None,
         quality: int,
         ahead: int,
         sharing: bool | str,
     ) -> None:
-        check_motion(motion, adapt_scale)
+        check_motion(motion, adapt_scale, motion_scale)
         if encoding not in (None, *ENCODINGS):
             raise InputError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
         for name, value, most in (("quality", quality, 95), ("ahead", ahead, 1024)):
@@ -125,7 +126,9 @@ class AsyncSession:
         self.size, self.ahead = served.size, min(ahead, served.queue)
         self._client, self._served = client, served
         self._relative, self._encoding, self._quality = motion == "relative", encoding, quality
-        self._options: dict[str, str | bool | int] = {"motion": motion, "adapt_scale": adapt_scale}
+        self._options: dict[str, protocol.Parameter] = {"motion": motion, "adapt_scale": adapt_scale}
+        if motion_scale != 1:  # which older servers do not know
+            self._options["motion_scale"] = float(motion_scale)
         self.starts = 0  # START requests that were sent so far: one, and more for sources, resets and reconnects
         self._course: _Course | None = None
         self._turns: asyncio.Queue[_Turn] = asyncio.Queue()
@@ -392,7 +395,7 @@ class AsyncSession:
         finally:
             course.starting.release()
 
-    def _starting(self, course: _Course) -> dict[str, str | bool | int]:
+    def _starting(self, course: _Course) -> dict[str, protocol.Parameter]:
         """The options of one more START; from the second on, the sequence may be there already."""
         options = self._options | ({"restart": True} if course.starts else {})
         course.starts, course.known, self.starts = course.starts + 1, True, self.starts + 1
@@ -520,7 +523,7 @@ class AsyncSession:
             return frame
         return await asyncio.to_thread(encode_image, frame, self._encoding, self._quality)
 
-    def _encoded(self) -> dict[str, str | bool | int]:
+    def _encoded(self) -> dict[str, protocol.Parameter]:
         return {} if self._encoding is None else {"encoding": self._encoding, "quality": self._quality}
 
     def _checked(self, name: str, picture: Any) -> Picture:
@@ -554,6 +557,8 @@ class _Patience:
                 await self._give_up(failure)
             await asyncio.sleep(self._wait)
             self._wait = min(2 * self._wait, LONGEST_WAIT)
+        elif failure.older:
+            raise InputError(f"the server at {url} has an older dagan-rt and cannot do all that was asked: {failure}")
         elif failure.status in ("INVALID_ARGUMENT", "ALREADY_EXISTS", "NOT_FOUND"):
             raise InputError(f"the server at {url} refused this: {failure}")
         else:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from dagan_rt.errors import InputError, require
-from dagan_rt.serving.protocol import NEEDS_START
+from dagan_rt.serving.protocol import NEEDS_START, UNKNOWN_OPTION, Parameter
 
 PORTS = {"grpc": 8001, "grpcs": 8001, "http": 8000, "https": 8000}
 MOST_RECEIVED = 256 << 20  # bytes of one message; an image of 4096 pixels has 48 MiB
@@ -81,6 +81,11 @@ class Failure(Exception):
         """The server does not know the sequence (any more): START brings it back."""
         unknown = self.status == "NOT_FOUND" and "unknown model" not in str(self) and not self.unplaced
         return unknown or NEEDS_START in str(self)
+
+    @property
+    def older(self) -> bool:
+        """The server does not know a parameter that this client sent."""
+        return UNKNOWN_OPTION in str(self)
 
     @property
     def passing(self) -> bool:
@@ -152,7 +157,7 @@ class Call:
     sequence: int = 0
     start: bool = False
     end: bool = False
-    parameters: Mapping[str, str | bool | int] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
 
 class Transport:

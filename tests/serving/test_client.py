@@ -125,6 +125,8 @@ def test_addresses_that_are_none(url: str) -> None:
     [
         ({"motion": "sideways"}, "motion must be"),
         ({"motion": "absolute", "adapt_scale": True}, "adapt_scale"),
+        ({"motion_scale": -0.1}, "^motion_scale must be 0 to 4, got -0.1"),
+        ({"motion": "absolute", "motion_scale": 0.5}, "^motion_scale scales relative motion"),
         ({"encoding": "GIF"}, "encoding must be one of JPEG, PNG, WEBP, got 'GIF'"),
         ({"quality": 0}, "quality must be 1 to 95, got 0"),
         ({"ahead": 0}, "ahead must be 1 to 1024, got 0"),
@@ -154,11 +156,36 @@ def test_images_in_every_form(twin: Any, shared: bool) -> None:
     assert fake.eventually(lambda: not any(sequences.open for sequences in twin.sequences.values()))
 
 
-def test_motion_and_scale_reach_the_server(client: Client) -> None:
+def test_motion_and_scales_reach_the_server(client: Client) -> None:
     with client.open(SOURCE, motion="absolute") as session:
         assert same(map(session.drive, FRAMES[:3]), [drive(SOURCE, None, frame) for frame in FRAMES[:3]])
     with client.open(SOURCE, adapt_scale=True) as session:
         assert same(map(session.drive, FRAMES[:3]), [drive(SOURCE, FRAMES[0], frame, 2) for frame in FRAMES[:3]])
+    with client.open(SOURCE, adapt_scale=True, motion_scale=0.25) as session:
+        calmer = [drive(SOURCE, FRAMES[0], frame, 0.5) for frame in FRAMES[:3]]
+        assert same(map(session.drive, FRAMES[:3]), calmer)
+        session.reset()
+        assert same(map(session.drive, FRAMES[:3]), calmer)
+        assert same(session.drive_many(FRAMES[:3]), calmer)
+
+
+def test_an_older_server_serves_all_but_a_motion_scale(
+    twin: Any, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = twin._take
+
+    def older(request: Any, context: Any, many: bool) -> Any:
+        if "motion_scale" in request.parameters:
+            known = "motion, adapt_scale, restart, encoding, quality"
+            refusal = f"parameter must be one of {known}, got 'motion_scale'"  # as it says so
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, refusal)
+        return take(request, context, many)
+
+    monkeypatch.setattr(twin, "_take", older)
+    with pytest.raises(InputError, match=r"server at grpc://\S+ has an older dagan-rt .* got 'motion_scale'$"):
+        client.open(SOURCE, motion_scale=0.5)
+    with client.open(SOURCE, motion_scale=1) as session:
+        assert same(map(session.drive, FRAMES), expected())
 
 
 def test_files_travel_in_place_of_arrays(client: Client) -> None:

@@ -63,8 +63,8 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3)).astype(np.uint8)
 
 
-def in_process(bundle: Bundle, source: np.ndarray, frames: Any, *options: Any) -> np.ndarray:
-    with Reenactor(bundle, "onnxruntime", *options, threads=1) as reenactor:
+def in_process(bundle: Bundle, source: np.ndarray, frames: Any, **options: Any) -> np.ndarray:
+    with Reenactor(bundle, "onnxruntime", threads=1, **options) as reenactor:
         reenactor.set_source(source)
         return np.stack([reenactor.drive(frame) for frame in frames])
 
@@ -83,21 +83,24 @@ def requests(session: Session) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "shared", "forms"), [("grpc", True, 3), ("http", True, 1), ("http", False, 1)])
+@pytest.mark.parametrize(("scheme", "shared", "forms"), [("grpc", True, 4), ("http", True, 1), ("http", False, 1)])
 def test_images_are_those_of_the_library(bundle: Bundle, connect: Any, scheme: str, shared: bool, forms: int) -> None:
     client = connect(scheme, shared_memory=shared)
     assert client.served.model == DRIVE_MODEL and client.served.parameters["variant"] == "dagan" and client.size == 64
     source, other, *frames = pictures(5)
-    for options in (("relative", True), ("absolute", False), ("relative", False))[:forms]:
-        with client.open(source, *options) as session:
-            want = in_process(bundle, source, frames, *options)
+    every: list[dict[str, Any]] = [
+        {"adapt_scale": True, "motion_scale": 0.7}, {"motion": "absolute"}, {"motion_scale": 2}, {}
+    ]  # fmt: skip
+    for options in every[:forms]:
+        with client.open(source, **options) as session:
+            want = in_process(bundle, source, frames, **options)
             np.testing.assert_array_equal([session.drive(frame) for frame in frames], want)
             session.reset()
             later = frames[1:]
-            want = in_process(bundle, source, later, *options)
+            want = in_process(bundle, source, later, **options)
             np.testing.assert_array_equal([session.drive(frame) for frame in later], want)
             session.set_source(encode_image(other, "PNG"))
-            want = in_process(bundle, other, frames, *options)
+            want = in_process(bundle, other, frames, **options)
             np.testing.assert_array_equal([session.drive(frame) for frame in frames], want)
             with Reenactor(bundle, "onnxruntime", threads=1) as reenactor:
                 np.testing.assert_array_equal(session.keypoints(source).value, reenactor.keypoints(source).value)

@@ -432,11 +432,12 @@ ANY_INPUT = st.tuples(
 WANTED = ("image", "image_encoded", "kp_value", "kp_jacobian")
 OPTIONS = {
     "motion": ("relative", "absolute"), "adapt_scale": (True, False), "encoding": ("JPEG", "PNG", "WEBP"),
-    "quality": (1, 50, 95),
+    "quality": (1, 50, 95), "motion_scale": (0.0, 0.5, 4),
 }  # fmt: skip
 WRONG_OPTIONS = {
     "motion": ("", 3), "adapt_scale": ("yes",), "encoding": ("BMP", True), "quality": (0, 2**62, -1, "5", 1.5),
-    "restart": (1,), "timeout": (1, 10**9, -1), "priority": (-1, 3), "else": (True,),
+    "motion_scale": (4.5, -0.1, float("nan"), "1", True), "restart": (1,),
+    "timeout": (1, 10**9, -1), "priority": (-1, 3), "else": (True,),
 }  # fmt: skip
 
 

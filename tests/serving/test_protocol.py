@@ -64,6 +64,7 @@ def test_wrong_settings_are_named(parameters: dict[str, str], message: str) -> N
         optional={
             "motion": st.sampled_from(("relative", "absolute")),
             "adapt_scale": st.booleans(),
+            "motion_scale": st.floats(0, 4) | st.integers(0, 4),
             "restart": st.booleans(),
             "encoding": st.sampled_from(("", "JPEG", "PNG", "WEBP")),
             "quality": st.integers(1, 95),

@@ -47,11 +47,11 @@ def server(server_python: str, bundle: Bundle, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def reference(bundle: Bundle) -> Callable[..., list[np.ndarray]]:
-    """`reference(source, frames, motion)`: what the library makes of a clip, in this process."""
+    """`reference(source, frames, **options of Reenactor)`: what the library makes of a clip, in this process."""
     backend = open_backend("onnxruntime", bundle, threads=1)
 
-    def drive(source: np.ndarray, frames: Any, motion: str = "relative") -> list[np.ndarray]:
-        reenactor = Reenactor(bundle, backend, motion)
+    def drive(source: np.ndarray, frames: Any, **options: Any) -> list[np.ndarray]:
+        reenactor = Reenactor(bundle, backend, **options)
         reenactor.set_source(source)
         return [reenactor.drive(frame) for frame in frames]
 
@@ -185,12 +185,18 @@ def test_the_written_configuration_is_the_served_one(server: Server, name: str) 
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("motion", ["relative", "absolute"])
-def test_a_clip_equals_the_library_s_pixel_by_pixel(server: Server, protocol: str, motion: str, reference: Any) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"motion": "relative"}, {"motion": "absolute"}, {"motion_scale": 0.7}, {"motion_scale": 2, "adapt_scale": True}],
+    ids=["relative", "absolute", "calmer", "exaggerated"],
+)
+def test_a_clip_equals_the_library_s_pixel_by_pixel(
+    server: Server, protocol: str, options: dict[str, Any], reference: Any
+) -> None:
     source, frames = pictures(1, 1)[0], pictures(2, 8)
     sequence = Sequence(server, protocol, 11 if protocol == "grpc" else "eleven")
-    sequence.start(source, motion=motion)
-    expected = reference(source, frames, motion)
+    sequence.start(source, **options)
+    expected = reference(source, frames, **options)
     for frame, image in zip(frames, expected, strict=True):
         assert (sequence.drive(frame) == image).all()
     sequence.end()

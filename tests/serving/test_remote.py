@@ -72,21 +72,23 @@ def test_reenactor_on_a_server(twin: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("motion", "scaled"), [("absolute", False), ("relative", True)], ids=["absolute motion", "scaled"]
+    ("options", "scale"),
+    [({"motion": "absolute"}, 1), ({"adapt_scale": True}, 2), ({"motion_scale": 0.5}, 0.5), ({"motion_scale": 2}, 2)],
+    ids=["absolute motion", "scaled", "calmer", "exaggerated"],
 )
-def test_options_reach_the_server(twin: Any, motion: str, scaled: bool) -> None:
-    with Reenactor(twin.url, motion=motion, adapt_scale=scaled) as reenactor:
+def test_options_reach_the_server(twin: Any, options: dict[str, Any], scale: float) -> None:
+    with Reenactor(twin.url, **options) as reenactor:
         reenactor.set_source(SOURCE)
         for frame in FRAMES:
-            initial, scale = (FRAMES[0], 2) if scaled else (None, 1)
+            initial = None if "motion" in options else FRAMES[0]
             assert np.array_equal(reenactor.drive(frame), drive(SOURCE, initial, frame, scale))
 
 
 def test_the_motion_can_change_between_frames_on_a_server(twin: Any) -> None:
-    with Reenactor(twin.url) as reenactor:
+    with Reenactor(twin.url, motion_scale=0.5) as reenactor:
         reenactor.set_source(SOURCE)
         reenactor.drive(FRAMES[0])
-        for motion, scaled, initial, scale in (("absolute", False, None, 1), ("relative", True, FRAMES[1], 2)):
+        for motion, scaled, initial, scale in (("absolute", False, None, 1), ("relative", True, FRAMES[1], 1)):
             reenactor.set_motion(motion, scaled)
             for frame in FRAMES[1:3]:
                 assert np.array_equal(reenactor.drive(frame), drive(SOURCE, initial, frame, scale))

@@ -418,6 +418,11 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "encoding": ({"encoding": "GIF"}, "JPEG, PNG, WEBP"),
     "motion": ({"motion": "sideways"}, "relative or absolute"),
     "scale": ({"motion": "absolute", "adapt_scale": True}, "adapt_scale"),
+    "motion scale": ({"motion_scale": 4.1}, "motion_scale must be 0 to 4, got 4.1"),
+    "no number": ({"motion_scale": float("nan")}, "motion_scale must be 0 to 4, got nan"),
+    "text for float": ({"motion_scale": "2"}, "motion_scale must be float, got '2'"),
+    "bool for float": ({"motion_scale": True}, "motion_scale must be float, got 'True'"),
+    "motion scale of absolute motion": ({"motion": "absolute", "motion_scale": 0.5}, "motion_scale scales relative"),
 }
 
 
@@ -799,15 +804,16 @@ TestAnyOrder.settings = settings(
 def test_what_is_served_equals_a_reenactor(tiny_bundle: Path, make: Any) -> None:
     bundle = Bundle.open(tiny_bundle)
     backend = open_backend("onnxruntime", bundle, threads=1)
-    service = make(GraphFrames(backend, bundle, slots=4), sequences=3)
+    service = make(GraphFrames(backend, bundle, slots=5), sequences=4)
     size = service.streams.size
     pictures = np.random.default_rng(0).integers(0, 256, (6, size + 10, size, 3)).astype(np.uint8)
     square = np.stack([center_square(each, size) for each in pictures])
-    for id, motion in ((1, "relative"), (2, "absolute")):
-        reenactor = Reenactor(bundle, backend, motion)
+    ways: list[dict[str, Any]] = [{}, {"motion": "absolute"}, {"motion_scale": 0.5}, {"motion_scale": 2}]
+    for id, options in enumerate(ways, 1):
+        reenactor = Reenactor(bundle, backend, **options)
         reenactor.set_source(square[id])
         source = {"source_encoded": encoded(encode_image(pictures[id], "PNG"))}
-        assert service.ask(id, source, start=True, motion=motion).outcome == "OK"
+        assert service.ask(id, source, start=True, **options).outcome == "OK"
         for frame in square[3:]:
             step = service.ask(id, {"frame": frame[None]})
             assert step.outcome == "OK" and (step.sent[0]["image"] == reenactor.drive(frame)).all()
