@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from dagan_rt.errors import InputError, require
 from dagan_rt.serving.protocol import MODEL
+from dagan_rt.serving.transport import Address
 
-METRICS_PORT = 8002
 MOST_METRICS = 16 << 20  # bytes
 TIMEOUT = 10.0  # seconds
 REFRESH = 1.5  # seconds after which the model's counters hold all that was before
@@ -22,11 +22,12 @@ _LINE = re.compile(r"^(dagan_\w+)\{([^}]*)\}\s+([-+.\deE]+)\s*$", re.MULTILINE)
 
 
 def metrics_url(server: str) -> str:
-    """Where a server at this URL tells its metrics, unless its ports were changed."""
-    host = urlsplit(server).hostname
-    if not host:
-        raise InputError(f"the server must be a URL like grpc://host:8001, got {server!r}")
-    return f"http://{f'[{host}]' if ':' in host else host}:{METRICS_PORT}/metrics"
+    """Where a server at this URL tells its metrics, if its ports are in a row, as 8000, 8001 and 8002 are.
+
+    A server does not say where. At 8002 whatever its own ports are, another server's may be found.
+    """
+    address = Address.parse(server)
+    return f"{Address('http', address.host, address.port + (1 if address.is_grpc else 2))}/metrics"
 
 
 def read_metrics(url: str, model: str = MODEL) -> dict[str, float]:
@@ -86,14 +87,14 @@ class Counters:
 
     @classmethod
     def read(cls, url: str, metrics: str = "") -> Counters:
-        """metrics: the URL, which must then work; "" tries the usual port."""
+        """metrics: the URL, which must then work; "" tries `metrics_url`."""
         statistics = read_statistics(url)
         try:
             return cls(read_metrics(metrics or metrics_url(url)), statistics)
         except InputError as error:
             if metrics:
                 raise
-            return cls({}, statistics, str(error))
+            return cls({}, statistics, f"{error}; if they are elsewhere, name the URL with --metrics")
 
     def since(self, before: Counters) -> dict[str, float]:
         """What happened between two readings, as values of a row; their names end with the unit."""

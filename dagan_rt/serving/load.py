@@ -20,7 +20,6 @@ from dagan_rt.files import check_output
 
 PROGRAM = "python -m dagan_rt.serving.load"
 SHARED_MEMORY: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
-HTTP_PORT = 8000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +52,8 @@ def load_parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, nargs="+", default=[8], metavar="N", help="one load after the other")
     parser.add_argument("--fps", type=float, default=30.0, metavar="F", help="of each stream (default: %(default)g)")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each load (default: %(default)g)")
-    parser.add_argument("--http", type=int, nargs="?", const=HTTP_PORT, metavar="PORT", help="HTTP on the URL's host")
+    parser.add_argument("--http", type=int, nargs="?", const=0, metavar="PORT", help="HTTP on the URL's host (default: "
+                        "the port before gRPC's)")  # fmt: skip
     parser.add_argument("--encoding", choices=("JPEG", "PNG", "WEBP"), help="how images travel (default: raw)")
     parser.add_argument(
         "--churn", type=float, default=0.0, metavar="S", help="begin anew with another source every S s"
@@ -110,7 +110,8 @@ def _add_common(parser: argparse.ArgumentParser, shared: str = "") -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="likewise: CPU threads (default: the server's)")
     parser.add_argument("--tolerance", type=int, default=0, metavar="N",
                         help="levels that a value of an image may be off by (default: 0)")  # fmt: skip
-    parser.add_argument("--metrics", default="", metavar="URL", help="default: http://HOST:8002/metrics")
+    parser.add_argument("--metrics", default="", metavar="URL", help="like http://host:8002/metrics (default: on the "
+                        "server's host, the port after gRPC's, two after HTTP's)")  # fmt: skip
     parser.add_argument("--python", metavar="FILE", help="the interpreter for models, where a server is started")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="keep the rows, with what they were measured on")
     parser.add_argument("--commit", default="", help="which commit this is, for the record")

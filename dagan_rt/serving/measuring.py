@@ -94,6 +94,8 @@ def endure(args: argparse.Namespace, given: Sequence[str]) -> int:
         values |= Counters.read(url, target.metrics).since(before)
         values |= {} if left is None else {"sequences still open": left}
         faults = soak.faults(found, left)
+        if before.reason:
+            print(f"note: whether sequences stay open is not known: {before.reason}", file=sys.stderr)
         status = "measured" if not faults else "wrong"
         case = {"by": _by(url, args), "streams": str(args.sequences), "frames": str(args.frames)}
         row = Row("soak", case, OURS, status, "; ".join(faults)[:1000], times=times, values=values,
@@ -183,11 +185,12 @@ def _wait(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _over_http(url: str, port: int) -> str:
+    """port: 0 is the one before gRPC's."""
     address = Address.parse(url)
     if not address.is_grpc:
         return url
     scheme = "https" if address.scheme == "grpcs" else "http"
-    return str(Address(scheme, address.host, port))
+    return str(Address(scheme, address.host, port or address.port - 1))
 
 
 def _by(url: str, args: argparse.Namespace) -> str:

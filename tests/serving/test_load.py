@@ -22,7 +22,7 @@ from dagan_rt import Reenactor
 from dagan_rt.benchmarking.rows import CALL, OURS, Results, Row, Timing
 from dagan_rt.bundle import Bundle
 from dagan_rt.errors import InputError
-from dagan_rt.serving import counters, load, overhead, pacing
+from dagan_rt.serving import counters, load, measuring, overhead, pacing
 from dagan_rt.serving.answers import Answers, drawn_ring, drawn_sources
 from dagan_rt.serving.counters import Counters
 from dagan_rt.serving.pacing import SENT, START, Frame, Load, Pace
@@ -278,6 +278,35 @@ def test_metrics_come_over_http_alone(url: str) -> None:
         counters.read_metrics(url)
 
 
+@pytest.mark.parametrize(
+    ("server", "metrics"),
+    [
+        ("grpc://host", "http://host:8002/metrics"),
+        ("grpcs://host:9001", "http://host:9002/metrics"),
+        ("http://127.0.0.1:9000", "http://127.0.0.1:9002/metrics"),
+        ("grpc://[::1]:8001", "http://[::1]:8002/metrics"),
+    ],
+)
+def test_metrics_are_looked_for_beside_the_server_s_own_ports(server: str, metrics: str) -> None:
+    assert counters.metrics_url(server) == metrics
+
+
+def test_http_is_looked_for_beside_grpc() -> None:
+    given = [load.load_parser().parse_args(["grpcs://host:9001", "--http", *port]).http for port in ([], ["9100"])]
+    found = [measuring._over_http("grpcs://host:9001", port) for port in given]
+    assert found == ["https://host:9000", "https://host:9100"]
+
+
+def test_metrics_that_are_not_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "read_statistics", lambda url: {"executions": 3})
+    found = Counters.read("grpc://127.0.0.1:1")
+    assert (found.metrics, found.statistics) == ({}, {"executions": 3})
+    assert found.reason.startswith("metrics cannot be read from http://127.0.0.1:2/metrics: ")
+    assert found.reason.endswith("; if they are elsewhere, name the URL with --metrics")
+    with pytest.raises(InputError, match=r"cannot be read from http://127.0.0.1:3/metrics: "):
+        Counters.read("grpc://127.0.0.1:1", "http://127.0.0.1:3/metrics")
+
+
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys, contextlib; from dagan_rt.serving.load import load_parser, overhead_parser, soak_parser\n"
@@ -338,3 +367,11 @@ def test_what_the_server_adds(served: list[str], tmp_path: Path) -> None:
     rows = {row.form: row for row in Results.read(out).rows}
     assert list(rows) == ["in process", *(f"{OURS} {way}" for way in ("gRPC, shared memory", "gRPC", "gRPC stream"))]
     assert all(row.status == "measured" and row.values["frames"] == 10 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_a_soak_says_what_it_cannot_see(served: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    url, _, _, *bundle = served
+    assert load.main(["soak", url, *bundle, "--frames", "60", "--sequences", "2", "--sources", "2"]) == 0
+    note = "note: whether sequences stay open is not known: metrics cannot be read from http://127.0.0.1:"
+    assert note in capsys.readouterr().err
