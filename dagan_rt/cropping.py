@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -135,29 +137,34 @@ class Follower:
     """Squares around a face of a camera's pictures; none is held back, so they follow what was seen before.
 
         follower = Follower(detector)
-        square = follower(image, seconds)    # None until a face was seen
+        square = follower(image, seconds)    # None until a face was found
 
-    Every `PAUSE` seconds a picture is searched; in between, and where the face is gone, the square stays about where it
-    was seen last. Whom it follows is decided as in `follow`.
+    Every `PAUSE` seconds a picture is searched, in another thread: that takes tens of milliseconds, for which none has
+    to wait. In between, and where the face is gone, the square stays about where it was seen last. Whom it follows is
+    decided as in `follow`.
     """
 
     def __init__(self, detector: FaceDetector, which: str | int = "largest") -> None:
         """which: "largest", or the N-th from the left, counted from 1: in the first picture that has as many faces."""
         self._detector, self._which = detector, which
         self._next = -math.inf
+        self._looking: Future[list[Face]] | None = None
         self._track: _Track | None = None
 
     def __call__(self, image: np.ndarray, time: float) -> Square | None:
         """The square of a picture, uint8 [H, W, 3] and of one size, taken at `time` seconds, which only rises."""
-        if time >= self._next:
+        if self._looking is None and time >= self._next:
             self._next = time + PAUSE
-            self._search(self._detector(image))
+            self._looking = aside(self._detector, image)
+        if self._looking is not None and self._looking.done():
+            self._take(self._looking.result())
+            self._looking = None
         if self._track is None:
             return None
         height, width, _ = image.shape
         return self._camera.square(self._track.box, time, width, height)
 
-    def _search(self, faces: Sequence[Face]) -> None:
+    def _take(self, faces: Sequence[Face]) -> None:
         if self._track is None:
             if len(faces) < (1 if self._which == "largest" else int(self._which)):
                 return
@@ -165,6 +172,20 @@ class Follower:
         elif not self._track.update(faces):
             return
         self._camera = _Camera(self._track.box)
+
+
+def aside(call: Callable[[np.ndarray], list[Face]], image: np.ndarray) -> Future[list[Face]]:
+    """What a call gives, once it is through, in a thread of its own."""
+    future: Future[list[Face]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(image))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="face", daemon=True).start()
+    return future
 
 
 class _Track:

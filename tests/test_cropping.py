@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from fractions import Fraction
+from threading import Event
+from time import sleep
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from dagan_rt import cropping
 from dagan_rt.cropping import EVERY, MARGIN, MISSES, PAUSE, Follower, Square, around, center, choose, first_face, follow
 from dagan_rt.errors import InputError
 from dagan_rt.faces import Face
@@ -222,12 +227,24 @@ def test_the_first_frame_with_as_many_faces_says_which_is_which() -> None:
 # Followed in a camera's pictures
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search is through when it was begun."""
+
+    def now(call: Any, image: np.ndarray) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(call(image))
+        return done
+
+    monkeypatch.setattr(cropping, "aside", now)
+
+
 def live(detector: Scripted, rate: float = 25.0, which: str = "largest") -> list[Square | None]:
     follower = Follower(detector, which)
     return [follower(frame.image, 100 + number / rate) for number, frame in enumerate(clip(len(detector.boxes)))]
 
 
-def test_a_camera_is_searched_now_and_then_and_every_picture_has_a_square() -> None:
+def test_a_camera_is_searched_now_and_then_and_every_picture_has_a_square(at_once: None) -> None:
     detector = Scripted([[]] * 7 + [[box_at(300)]] * 40)
     found = live(detector)
     assert detector.seen[0] == 0 and set(np.diff(detector.seen)) <= {5, 6}  # of 25 a second, and rounded
@@ -237,7 +254,7 @@ def test_a_camera_is_searched_now_and_then_and_every_picture_has_a_square() -> N
     assert all(square == pytest.approx(around(np.array(box_at(300)), 640, 360)) for square in found[first:])
 
 
-def test_the_square_follows_a_face_without_holding_pictures_back() -> None:
+def test_the_square_follows_a_face_without_holding_pictures_back(at_once: None) -> None:
     """It lags by the pause and the filter, stays about the face, and moves by little at a time."""
     path = [200 + 2.0 * number for number in range(100)]  # 50 pixels a second: 0.6 sides of the box
     squares = [square for square in live(Scripted([[box_at(x)] for x in path])) if square is not None]
@@ -246,7 +263,7 @@ def test_the_square_follows_a_face_without_holding_pictures_back() -> None:
     assert np.abs(np.diff(middles(squares), axis=0)).max() < 0.1 * 80
 
 
-def test_somebody_else_is_followed_only_when_the_face_is_gone() -> None:
+def test_somebody_else_is_followed_only_when_the_face_is_gone(at_once: None) -> None:
     both, other = [box_at(300), box_at(520, side=120)], [box_at(520, side=120)]
     squares = live(Scripted([both] * 20 + [other] * 40), which="1")
     at = middles([square for square in squares if square is not None])[:, 0]
@@ -255,3 +272,33 @@ def test_somebody_else_is_followed_only_when_the_face_is_gone() -> None:
     assert 20 + MISSES * PAUSE * 25 <= moved <= 20 + (MISSES + 1) * PAUSE * 25 + 1
     assert (at[moved:] == 520).all()  # at once
     assert live(Scripted([both] * 8), which="3") == [None] * 8
+
+
+def test_no_picture_waits_for_a_search() -> None:
+    """One search at a time; what it found counts from the next picture on; what it raises is raised."""
+    allowed, begun = Event(), Event()
+    searched: list[int] = []
+
+    def slow(image: np.ndarray) -> list[Face]:
+        searched.append(number_of(image))
+        begun.set()
+        assert allowed.wait(10)
+        if len(searched) > 1:
+            raise InputError("the detector is broken")
+        return [face(*box_at(300))]
+
+    follower = Follower(slow)
+    pictures = [frame.image for frame in clip(100)] * 30
+    assert [follower(image, number) for number, image in enumerate(pictures[:20])] == [None] * 20
+    assert begun.wait(10) and searched == [0]
+    allowed.set()
+    found = next(square for number in range(20, 1500) if (square := patiently(follower, pictures[number], number)))
+    assert found == pytest.approx(around(np.array(box_at(300)), 640, 360))
+    with pytest.raises(InputError, match="the detector is broken"):
+        for number in range(1500, 3000):
+            patiently(follower, pictures[number], number)
+
+
+def patiently(follower: Follower, image: np.ndarray, time: float) -> Square | None:
+    sleep(0.005)
+    return follower(image, time)
