@@ -1,10 +1,12 @@
 """Docstrings as this package writes them, for autodoc: plain paragraphs, `code` in backticks, arguments as "name: …".
 
-    image: HWC uint8 RGB.        a line that names arguments of the function, or fields of the class, begins an entry
+    image: HWC uint8 RGB.        a line that names arguments of the function, or fields of the class, begins an entry,
+                                 and so does a further name after a sentence of it
     - a point                    a list
         stream.push(frame)       four spaces more than the text: an example
 
-Fields of dataclasses and named tuples are listed with their types, defaults, and the comments on their lines.
+Fields of dataclasses, named tuples and protocols are listed with their types, defaults, and the comments on their
+lines.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 ENTRY = re.compile(r"([a-z_][a-z0-9_]*(?:, [a-z_][a-z0-9_]*)*): (.*)")
+FURTHER = re.compile(r"([.;)]) (?=([a-z_][a-z0-9_]*(?:, [a-z_][a-z0-9_]*)*): )")
 GENERATED = ("Alias for field number", "Create new instance of")  # what Python writes about named tuples
 
 
@@ -71,7 +74,17 @@ def entries(block: list[str], names: set[str]) -> list[tuple[str, list[str]]]:
             pieces.append(("", [line]))  # a sentence at the margin, after an entry that has ended
         else:
             pieces[-1][1].append(line.strip())
-    return pieces
+    return [piece for name, said in pieces for piece in apart(name, said, names)]
+
+
+def apart(name: str, said: list[str], names: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """An entry and those that begin inside it, one by one."""
+    text, start = " ".join(line.strip() for line in said), 0
+    for match in FURTHER.finditer(text) if name not in ("", "-") else ():
+        if set(match[2].split(", ")) <= names:
+            yield name, [text[start : match.start()] + match[1].replace(";", ".")]
+            name, start = match[2], match.end() + len(match[2]) + 2
+    yield name, [text[start:]]
 
 
 def converted(lines: list[str], names: set[str]) -> list[str]:
@@ -121,11 +134,15 @@ def _bold(names: str) -> str:
 
 def _listed(thing: Any) -> bool:
     """Whether the fields of a class are worth a list."""
-    return inspect.isclass(thing) and (dataclasses.is_dataclass(thing) or hasattr(thing, "_fields"))
+    return inspect.isclass(thing) and (
+        dataclasses.is_dataclass(thing) or hasattr(thing, "_fields") or getattr(thing, "_is_protocol", False)
+    )
 
 
 def _process(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [line for line in lines if not line.startswith(GENERATED)]
+    if any(line.startswith(GENERATED) for line in lines):  # autodoc asks for what __init__ says, too
+        lines.clear()
+        return
     names = names_of(thing)
     if what == "class":
         names |= names_of(getattr(thing, "__init__", None))
