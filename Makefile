@@ -82,8 +82,9 @@ test-kernels: $(INSTALLED)  ## compile and check the CUDA kernels for every arch
 test-gpu: $(INSTALLED)  ## the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu || test $$? -eq 5
 
-lint: $(INSTALLED)  ## ruff
+lint: $(INSTALLED)  ## ruff: rules, and the form of Python, in Markdown too
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 types: $(INSTALLED)  ## mypy
 	$(RUN) -m mypy
