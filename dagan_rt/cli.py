@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from dagan_rt import __version__
 from dagan_rt.errors import DeviceLost, InputError
@@ -44,10 +47,12 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     """Run a command and turn what went wrong into an exit code.
 
     0 done; 2 bad input, a lost GPU, or a file that cannot be read or written, with one sentence on stderr;
-    130 interrupted; 141 when whatever read our output went away.
+    130 interrupted; 141 when whatever read our output went away; 143 and 129 ended by SIGTERM and SIGHUP, like an
+    exception: what was begun is deleted.
     """
     try:
-        code = run()
+        with _ended_by_signals():
+            code = run()
         sys.stdout.flush()  # here, where a closed pipe can still be answered quietly
         return code
     except BrokenPipeError:
@@ -67,3 +72,23 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         return 130
     print(f"{program}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let the signals that end a process raise SystemExit, so that files that were begun are deleted.
+
+    Where somebody has decided about them, nohup say, that stands.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no terminal's
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,9 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export and return the exit code: 0 done, 2 bad input or a graph that is not the network, 130 interrupted."""
-    with _cleaning_up_when_terminated():
-        return guarded("python -m dagan_rt.export", lambda: run(build_parser().parse_args(argv)))
+    """Export and return the exit code, see `guarded`; 2 also for a graph that is not the network."""
+    return guarded("python -m dagan_rt.export", lambda: run(build_parser().parse_args(argv)))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -177,19 +174,6 @@ def _progress(steps: int | None) -> Iterator[Any]:
             bar.update()
 
         yield report
-
-
-@contextlib.contextmanager
-def _cleaning_up_when_terminated() -> Iterator[None]:
-    """Let SIGTERM end the export like an exception, so that the half-made folder is deleted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -560,6 +560,25 @@ def test_no_face_is_one_sentence(files: dict[str, Path], faces: Any, capsys: pyt
     assert list(files["out"].parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_whoever_is_ended_leaves_nothing(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(StandIn, "during", lambda frame: signal.raise_signal(number) if frame == 3 else None)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        animate(files)
+    assert ended.value.code == 128 + number and list(files["out"].parent.iterdir()) == []
+    assert signal.getsignal(number) == before
+    monkeypatch.setattr(StandIn, "during", None)
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        monkeypatch.setattr(StandIn, "during", lambda frame: signal.raise_signal(number))
+        assert animate(files) == 0 and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -42,9 +42,12 @@ def test_without_gradio_it_says_what_to_install(
     )
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("127.0.0.2", marks=pytest.mark.slow)])
-def test_it_serves_until_ctrl_c(
-    host: str, tiny_bundle: Path, tmp_path: Path, heed_interrupts: Callable[[], None]
+@pytest.mark.parametrize(
+    ("host", "number"),
+    [("127.0.0.1", signal.SIGINT), pytest.param("127.0.0.2", signal.SIGTERM, marks=pytest.mark.slow)],
+)
+def test_it_serves_until_it_is_ended(
+    host: str, number: int, tiny_bundle: Path, tmp_path: Path, heed_interrupts: Callable[[], None]
 ) -> None:
     pytest.importorskip("gradio", reason="the page needs dagan-rt[demo]")
     options = ["--bundle", str(tiny_bundle), "--host", host, "--port", "0", "--no-browser", "--backend", "onnxruntime"]
@@ -62,9 +65,10 @@ def test_it_serves_until_ctrl_c(
         assert match is not None, line + process.stderr.read()
         with urllib.request.urlopen(match[1]) as answer:
             assert answer.status == 200
-        process.send_signal(signal.SIGINT)
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith("dagan-rt-")]
+        process.send_signal(number)
         said = process.stderr.read()
-    assert process.returncode == 0 and "Traceback" not in said
-    assert said.endswith("stopped; all files of the page are deleted\n")
+    assert process.returncode == (0 if number == signal.SIGINT else 143) and "Traceback" not in said
+    assert said.endswith("stopped; all files of the page are deleted\n") == (number == signal.SIGINT)
     assert ("warning: --host 127.0.0.2 serves the page to everybody" in said) == (host == "127.0.0.2")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("dagan-rt-")] == []
