@@ -20,7 +20,7 @@ from dagan_rt.keypoints import KeyPoints
 from dagan_rt.networks.attention import attention_weights
 from dagan_rt.networks.generator import Generated
 from dagan_rt.networks.model import Model
-from dagan_rt.reenactor import check_image
+from dagan_rt.reenactor import check_image, check_motion
 from dagan_rt.transfer import movement_scale, transfer
 
 
@@ -52,7 +52,7 @@ class Inspection:
     source_points, driving_points, initial_points: their key points (paper, Section 3.2).
     moved_points: where the source's key points go: the driving ones, or the source's moved as the driving face moved
         since `initial` (Section 3.4).
-    scale: factor of that movement, 1 unless it was to adapt to the faces' sizes.
+    scale: factor of that movement, 1 unless it was to adapt to the faces' sizes or scaled besides.
     source_depth, driving_depth: [H, W] in (0, 1), 1 is near; None where the variant has no depth network.
     flow: [m, m, 2], the place in the source that each position of the result is taken from (Section 3.2).
     occlusion: [m, m] in (0, 1), 1 = the source shows it, 0 = the generator has to make it up.
@@ -128,19 +128,21 @@ def inspect(
     initial: np.ndarray | None = None,
     *,
     adapt_scale: bool = False,
+    motion_scale: float = 1.0,
 ) -> Inspection:
     """Reenact one frame and keep all that happened; the model should be in evaluation mode, no gradient is kept.
 
     source, driving: uint8 [size, size, 3] RGB, as `Reenactor` takes them.
     initial: the driving frame to which the source's pose corresponds (relative motion); None: absolute motion.
-    adapt_scale: scale relative motion by the size of the source's face over that in `initial`.
+    adapt_scale: scale relative motion by the size of the source's face over that in `initial`. motion_scale: by this.
 
-    Raises InputError for other arrays, and where the scale cannot be had.
+    Raises InputError for other arrays or options, as `Reenactor`, and where the scale cannot be had.
     """
+    check_motion("absolute" if initial is None else "relative", adapt_scale, motion_scale)
     pictures = {"source": source, "driving": driving} | ({} if initial is None else {"initial": initial})
     device = next(model.parameters()).device
     images = {name: planes(check_image(name, it, model.config.size)).to(device) for name, it in pictures.items()}
-    found = trace(model, **images, adapt_scale=adapt_scale)
+    found = trace(model, **images, adapt_scale=adapt_scale, motion_scale=motion_scale)
     generated = found.generated
     return Inspection(
         variant=model.config.variant,
@@ -168,7 +170,12 @@ def inspect(
 
 
 def trace(
-    model: Model, source: Tensor, driving: Tensor, initial: Tensor | None = None, adapt_scale: bool = False
+    model: Model,
+    source: Tensor,
+    driving: Tensor,
+    initial: Tensor | None = None,
+    adapt_scale: bool = False,
+    motion_scale: float = 1.0,
 ) -> Trace:
     """Reenact faces [B, 3, H, W] in [0, 1] and keep all that happened; arguments otherwise as of `inspect`.
 
@@ -190,7 +197,7 @@ def trace(
         clock.stage("driving")
         moved, scale = driving_points, 1.0
         if initial_points is not None:
-            moved, scale = _transfer(source_points, driving_points, initial_points, adapt_scale)
+            moved, scale = _transfer(source_points, driving_points, initial_points, adapt_scale, motion_scale)
         motion = generator.dense_motion_network(thumbnail, source_points, moved)
         clock.stage("motion")
         generated = generator.render(source, feature, query, motion)
@@ -239,11 +246,13 @@ def _depth_and_points(model: Model, image: Tensor) -> tuple[Tensor | None, KeyPo
     return depth, model.find_keypoints(image, depth)
 
 
-def _transfer(source: KeyPoints, driving: KeyPoints, initial: KeyPoints, adapt_scale: bool) -> tuple[KeyPoints, float]:
+def _transfer(
+    source: KeyPoints, driving: KeyPoints, initial: KeyPoints, adapt_scale: bool, motion_scale: float
+) -> tuple[KeyPoints, float]:
     """Relative motion, and the scale of the movement."""
     faces = (KeyPoints(*(tensor.cpu().numpy() for tensor in points)) for points in (source, driving, initial))
     on_source, on_driving, on_initial = faces
-    scale = movement_scale(on_source, on_initial) if adapt_scale else 1.0
+    scale = motion_scale * (movement_scale(on_source, on_initial) if adapt_scale else 1.0)
     moved = transfer(on_source, on_driving, on_initial, scale)
     return KeyPoints(*(torch.from_numpy(array).to(source.value) for array in moved)), scale
 

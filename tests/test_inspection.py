@@ -45,19 +45,28 @@ def vivid(model: Model) -> Model:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("motion", "adapt_scale"), [("absolute", False), ("relative", False), ("relative", True)])
+@pytest.mark.parametrize(
+    ("motion", "adapt_scale", "motion_scale"),
+    [("absolute", False, 1.0), ("relative", False, 1.0), ("relative", True, 1.0), ("relative", False, 0.5)],
+)
 def test_the_result_is_that_of_the_runtime(
-    small_model: Any, pictures: dict[str, np.ndarray], variant: str, motion: str, adapt_scale: bool
+    small_model: Any,
+    pictures: dict[str, np.ndarray],
+    variant: str,
+    motion: str,
+    adapt_scale: bool,
+    motion_scale: float,
 ) -> None:
     model = vivid(small_model(variant))
-    reenactor = Reenactor(described(model.config), TorchBackend(model), motion, adapt_scale)
+    reenactor = Reenactor(described(model.config), TorchBackend(model), motion, adapt_scale, motion_scale=motion_scale)
     reenactor.set_source(pictures["source"])
     if motion == "relative":
         reenactor.drive(pictures["initial"])
     expected = reenactor.drive(pictures["driving"])
     initial = pictures["initial"] if motion == "relative" else None
-    found = inspect(model, pictures["source"], pictures["driving"], initial, adapt_scale=adapt_scale)
-    assert found.motion == motion and (found.scale != 1) == adapt_scale
+    options: dict[str, Any] = {"adapt_scale": adapt_scale, "motion_scale": motion_scale}
+    found = inspect(model, pictures["source"], pictures["driving"], initial, **options)
+    assert found.motion == motion and (found.scale == motion_scale) == (not adapt_scale)
     difference = np.abs(found.result.astype(int) - expected)
     assert (
         difference.max() <= 2 and difference.mean() < 0.05

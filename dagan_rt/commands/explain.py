@@ -7,7 +7,13 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagan_rt.commands.shared import add_crop_options, check_crop, open_detector
+from dagan_rt.commands.shared import (
+    add_crop_options,
+    add_motion_options,
+    check_crop,
+    check_motion_options,
+    open_detector,
+)
 from dagan_rt.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -40,12 +46,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
     parser.add_argument("--frame", type=int, metavar="N", help="frame of the video, counted from 0 (default: 0)")
-    parser.add_argument(
-        "--absolute", action="store_true", help="take over the driving pose itself, not its change since frame 0"
-    )
-    parser.add_argument(
-        "--adapt-scale", action="store_true", help="scale the motion by the ratio of the two faces' sizes"
-    )
+    add_motion_options(parser)
     add_crop_options(parser, "portrait and driving picture")
     parser.add_argument(
         "--pixel",
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     first, shown = _driving(arguments, still, detector, bundle.config.size)
     found = inspect(
         backend.load(bundle).eval(), source, shown, None if arguments.absolute else first,
-        adapt_scale=arguments.adapt_scale,
+        adapt_scale=arguments.adapt_scale, motion_scale=arguments.motion_scale,
     )  # fmt: skip
     write_sheet(arguments.out, explanation_sheet(found, pixel))
     what = "an image, which has no initial frame" if still else f"frame {arguments.frame or 0}"
@@ -95,13 +96,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_options(arguments: argparse.Namespace, still: bool) -> None:
     check_crop(arguments)
+    check_motion_options(arguments)
     if arguments.frame is not None and still:
         raise InputError(f"--frame chooses a frame of a video, and {arguments.driving} is an image: leave it out")
     if arguments.frame is not None and arguments.frame < 0:
         raise InputError(f"--frame must be at least 0, got {arguments.frame}")
-    if arguments.adapt_scale and (arguments.absolute or still):
-        why = "--absolute does without" if arguments.absolute else f"the image {arguments.driving} does not have"
-        raise InputError(f"--adapt-scale is about motion since an initial frame, which {why}: leave it out")
+    for option, given in (("adapt", arguments.adapt_scale), ("motion", arguments.motion_scale != 1)):
+        if given and still:
+            raise InputError(
+                f"--{option}-scale is about motion since an initial frame, which the image {arguments.driving} does "
+                "not have: leave it out"
+            )
 
 
 def _driving(

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what every command that animates takes; `check_options` and `open_reenactor` read it."""
     add_backend_options(parser)
+    add_motion_options(parser)
+    parser.add_argument(
+        "--crf", type=int, default=18, metavar="N", help="H.264 quality from 0 (lossless) to 51, default 18"
+    )
+
+
+def add_motion_options(parser: argparse.ArgumentParser) -> None:
+    """Add how motion is taken over, which `check_motion_options` reads."""
     parser.add_argument(
         "--absolute", action="store_true", help="take over the driving pose itself, not its change since frame 1"
     )
@@ -36,9 +44,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         metavar="X",
         help="move X times as far as the driving face, 0 to 4 (default 1)",
-    )
-    parser.add_argument(
-        "--crf", type=int, default=18, metavar="N", help="H.264 quality from 0 (lossless) to 51, default 18"
     )
 
 
@@ -120,6 +125,11 @@ def check_options(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.crf <= 51:
         raise InputError(f"--crf must be between 0 and 51, got {arguments.crf}")
     check_threads(arguments)
+    check_motion_options(arguments)
+
+
+def check_motion_options(arguments: argparse.Namespace) -> None:
+    """Refuse a scale out of its range, and options about relative motion without it."""
     if not 0 <= arguments.motion_scale <= 4:
         raise InputError(f"--motion-scale must be 0 to 4, got {arguments.motion_scale}")
     if arguments.absolute and arguments.motion_scale != 1:

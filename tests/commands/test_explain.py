@@ -75,13 +75,14 @@ def explain(files: dict[str, Path], *options: str, **other: Path | str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("options", "number", "relative", "adapt_scale", "pixel"),
+    ("options", "number", "relative", "scales", "pixel"),
     [
-        (["--frame", "4"], 4, True, False, None),
-        (["--frame", "4", "--adapt-scale", "--pixel", "3", "60"], 4, True, True, (3, 60)),
-        (["--frame", "5", "--absolute"], 5, False, False, None),
-        ([], 0, True, False, None),
-        (["--pixel", "0", "0"], 0, True, False, (0, 0)),
+        (["--frame", "4"], 4, True, {}, None),
+        (["--frame", "4", "--adapt-scale", "--pixel", "3", "60"], 4, True, {"adapt_scale": True}, (3, 60)),
+        (["--frame", "3", "--motion-scale", "0.5"], 3, True, {"motion_scale": 0.5}, None),
+        (["--frame", "5", "--absolute"], 5, False, {}, None),
+        ([], 0, True, {}, None),
+        (["--pixel", "0", "0"], 0, True, {}, (0, 0)),
     ],
 )
 def test_the_sheet_is_that_of_the_frames_named(
@@ -90,7 +91,7 @@ def test_the_sheet_is_that_of_the_frames_named(
     options: list[str],
     number: int,
     relative: bool,
-    adapt_scale: bool,
+    scales: dict[str, Any],
     pixel: tuple[int, int] | None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -101,7 +102,7 @@ def test_the_sheet_is_that_of_the_frames_named(
     portrait = np.asarray(Image.open(files["source"]))
     found = inspect(
         small_model("dagan"), center_square(portrait, 64), frames[number], frames[0] if relative else None,
-        adapt_scale=adapt_scale,
+        **scales,
     )  # fmt: skip
     assert (np.asarray(Image.open(files["out"])) == explanation_sheet(found, pixel)).all()
     assert said.err == ""
@@ -216,7 +217,9 @@ def test_bad_input_is_one_sentence_and_no_output(
         ({}, ("--frame", "-1"), "--frame must be at least 0, got -1"),
         ({}, ("--face", "2"), "--face 2 needs --crop auto, which finds faces"),
         ({}, ("--crop", "auto", "--detector", "no.onnx"), "no.onnx cannot be read"),
-        ({}, ("--absolute", "--adapt-scale"), "--adapt-scale is about motion since an initial frame"),
+        ({}, ("--absolute", "--adapt-scale"), "--adapt-scale is about motion since a first frame"),
+        ({"driving": still}, ("--motion-scale", "2"), "--motion-scale is about motion since an initial frame"),
+        ({}, ("--motion-scale", "4.1"), "--motion-scale must be 0 to 4, got 4.1"),
     ]:  # fmt: skip
         content = still.read_bytes()
         assert explain(files, *options, **changed) == 2, expected
