@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dagan_rt.cli import main
+from dagan_rt.cropping import around
 from dagan_rt.images import center_square
 from dagan_rt.reenactor import Reenactor
 from dagan_rt.template import Template
@@ -89,3 +90,21 @@ def test_bad_input_is_one_sentence(
     given = ["motion", "--bundle", str(tiny_bundle), "--driving", str(clip), "--out", str(out), *options]
     assert main(given) == 2
     assert message in capsys.readouterr().err and list(out.parent.iterdir()) == []
+
+
+def test_the_face_of_somebody_else(clip: Path, tiny_bundle: Path, faces: Any) -> None:
+    image = faces({100: (20, 20), 200: (90, 60)}, 40)
+    with av.open(str(clip), "w") as output:
+        stream: Any = output.add_stream("libx264", rate=25, options={"crf": "5"})
+        stream.height, stream.width, _ = image.shape
+        stream.pix_fmt = "yuv420p"
+        output.mux([*stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")), *stream.encode()])
+    model = Reenactor(tiny_bundle, "onnxruntime", threads=1)
+    with VideoReader(clip) as reader:
+        (shown,) = reader
+    for which, box in (("largest", (20, 20, 60, 60)), ("2", (90, 60, 130, 100))):
+        code, out = record(tiny_bundle, clip, "--crop", "auto", "--driving-face", which)
+        (moment,) = Template.read(out)
+        expected = model.keypoints(around(np.array(box), 200, 120).cut(shown, model.size))
+        assert code == 0
+        np.testing.assert_array_equal(moment.points.value, expected.value)

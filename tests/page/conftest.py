@@ -49,7 +49,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     Image.fromarray(portrait).save(folder / "portrait.png")
     frames = list(draw_clip(HELD_OUT[1], 8, 64).frames)
     write_clip(folder / "clip.mp4", frames)
-    write_clip(folder / "long.mp4", [frames[0]] * (3 * RATE), sound=False)
+    write_clip(folder / "long.mp4", [frames[0]] * (4 * RATE), sound=False)
     write_clip(folder / "faceless.mp4", [np.full((64, 64, 3), 90, np.uint8)] * 6)
     (folder / "text.png").write_text("not a picture")
     (folder / "broken.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:400])

@@ -72,7 +72,7 @@ def test_the_result_is_what_the_reenactor_gives(
 
 
 def test_the_video_shows_the_whole_portrait_and_its_mark(
-    studio: Studio, request_: Request, monkeypatch: pytest.MonkeyPatch
+    studio: Studio, request_: Request, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `dagan-rt animate --paste-back --watermark` writes them; the pictures beside it are those of the model."""
     from dagan_rt.portrait import Pasted, read_portrait
@@ -80,21 +80,22 @@ def test_the_video_shows_the_whole_portrait_and_its_mark(
 
     written: list[np.ndarray] = []
     write = VideoWriter.write
+    monkeypatch.setattr("dagan_rt.portrait.LONGEST_PICTURE", 80)
     monkeypatch.setattr(
         VideoWriter, "write", lambda writer, image, *when: (written.append(image.copy()), write(writer, image, *when))
     )
-    monkeypatch.setattr(studio, "_detector", lambda image: [Face(np.array([30, 10, 70, 60], np.float32), 0.9)])
-    plain = [state for state in studio.run(request_._replace(crop="auto")) if state.result is not None]
-    bare, written[:] = written[:], []
-    *_, last = studio.run(request_._replace(crop="auto", paste_back=True, watermark="visible"))
-    portrait = read_portrait(request_.portrait, studio.detector, whole=True)
+    *_, last = studio.run(request_._replace(paste_back=True, watermark="visible"))
+    portrait = read_portrait(request_.portrait, None, whole=True)
+    with VideoReader(request_.clip) as reader, Reenactor(tiny_bundle, "onnxruntime") as reenactor:
+        reenactor.set_source(*portrait.sources(64))
+        results = [reenactor.drive(center_square(frame, 64)) for frame in reader]
     pasted = Pasted(portrait)
-    expected = [mark(pasted([image]), "visible") for image in bare]
+    expected = [mark(pasted([image]), "visible") for image in results]
     assert len(expected) == 8 and (np.stack(written) == np.stack(expected)).all()
-    assert last.result is not None and (last.result == plain[-1].result).all()
+    assert last.result is not None and (last.result == results[-1]).all()
     assert last.video is not None
     with VideoReader(last.video) as reader:
-        assert (reader.width, reader.height) == (94, 64)
+        assert (reader.width, reader.height) == (80, 54)
 
 
 def test_states_show_the_run_as_it_goes_on(
@@ -160,7 +161,8 @@ def test_bad_files_are_one_sentence_without_a_path(
         ({"crop": "sideways"}, "Crop must be center or auto"),
         ({"watermark": "loud"}, "Watermark must be visible, invisible or nothing"),
     ]:
-        *_, last = studio.run(request_._replace(**changed))
+        *before, last = studio.run(request_._replace(**changed))
+        assert all(state.done == 0 for state in before)  # found out before the work
         assert last.failed and last.video is None and last.words.startswith(expected), last.words
         assert str(given["clip"].parent) not in last.words and "/" not in last.words and "\n" not in last.words
         assert list(request_.folder.iterdir()) == []
