@@ -201,6 +201,37 @@ def test_the_camera_drives_the_portrait(page: Any, address: str, given: dict[str
     assert asked_elsewhere(page, address) == []
 
 
+def test_portrait_and_clip_can_be_taken_with_the_camera(page: Any) -> None:
+    script = """
+        const [part, name, action] = arguments;
+        const shown = [...document.querySelectorAll(`#${part} button`)].filter(it => it.offsetParent);
+        const found = shown.find(it => [it.ariaLabel, it.title, it.textContent].some(words => words?.includes(name)));
+        if (action) found?.click();
+        return !!found;
+    """
+
+    def press(part: str, name: str) -> None:
+        """The button of that name, once it is there."""
+        until(lambda: page.execute_script(script, part, name, True), 20)
+
+    def camera_of(part: str) -> None:
+        press(part, "Capture from camera")
+        press(part, "Access Webcam")
+        until(lambda: page.execute_script(f"return document.querySelector('#{part} video')?.readyState >= 2"), 20)
+
+    camera_of("portrait")
+    press("portrait", "capture photo")
+    until(lambda: page.execute_script(script, "portrait", "Remove Image", False), 20)
+    camera_of("clip")
+    press("clip", "Record")
+    time.sleep(1.5)
+    press("clip", "Stop")
+    until(lambda: page.execute_script(script, "clip", "Clear", False), 20)
+    found(page, "#animate")[0].click()
+    until(lambda: words(page).startswith("Done") or found(page, ".words.failed"))
+    assert words(page).startswith("Done"), words(page)
+
+
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_is_wider_than_the_screen(page: Any, width: int) -> None:
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
