@@ -103,12 +103,14 @@ class AntiAliasDownsample(nn.Module):
         self.step = round(1 / scale)
         sigma = (self.step - 1) / 2
         radius = round(4 * sigma)
-        offsets = torch.tensor(range(-radius, radius + 1), dtype=torch.float32)
-        taps = torch.exp(-(offsets**2) / (2 * sigma**2)) if sigma else torch.ones(1)
-        kernel = torch.outer(taps, taps)
-        kernel = kernel / kernel.sum()
+        with torch.device("cpu"):  # on "meta", arithmetic imports PyTorch's compiler, which takes more than a second
+            offsets = torch.tensor(range(-radius, radius + 1), dtype=torch.float32)
+            taps = torch.exp(-(offsets**2) / (2 * sigma**2)) if sigma else torch.ones(1)
+            kernel = torch.outer(taps, taps)
+            kernel = kernel / kernel.sum()
+        weight = kernel.expand(channels, 1, -1, -1).clone().to(torch.get_default_device())
         # Part of the published state dict where there is a filter at all; never trained.
-        self.register_buffer("weight", kernel.expand(channels, 1, -1, -1).clone(), persistent=self.step > 1)
+        self.register_buffer("weight", weight, persistent=self.step > 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H/n, W/n]
         if self.step == 1:
