@@ -31,10 +31,15 @@ if sys.platform == "win32":
 
 SERVER = r"""
 import json, os, resource, signal, sys, traceback
-import onnx, onnxruntime, onnxsim, torch, tqdm
-from dagan_rt import backends, checkpoints, staging
-from dagan_rt.export import calibration, graphs, precision, rebuild, verify
+import onnx, onnxruntime, onnxsim, PIL.Image, torch, tqdm
+import torch.utils.serialization.config
+from dagan_rt import backends, checkpoints, images, kernels, staging
+from dagan_rt.export import attention, calibration, counts, graphs, passes, precision, rebuild, triton, verify, winograd
+from dagan_rt.export import onnx as tracing
 from dagan_rt.export.__main__ import main
+
+backends.names()  # imports every backend
+PIL.Image.preinit()
 
 torch.set_num_threads(1)
 with open(os.devnull, "wb") as nowhere:  # for what PyTorch imports when it is first used
