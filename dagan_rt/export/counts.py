@@ -52,6 +52,9 @@ def shapes(model: ModelProto, batch: int = 1) -> dict[str, tuple[int, ...]]:
     fixed = type(model)()
     fixed.CopyFrom(model)
     del fixed.graph.value_info[:]  # they were inferred with the dynamic axis
+    for tensor in fixed.graph.initializer:
+        if prod(tensor.dims) > 1000:  # weights: no shape depends on them, and inference copies all it is given
+            tensor.ClearField("raw_data")
     for value in (*fixed.graph.input, *fixed.graph.output):
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param == BATCH:
