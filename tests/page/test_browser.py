@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from dagan_rt.page.server import serving
 from dagan_rt.reenactor import Reenactor
 from dagan_rt.video import VideoReader
 
-pytest.importorskip("gradio", reason="the page needs dagan-rt[demo]")
-pytest.importorskip("selenium", reason="browsers are driven by selenium, of dagan-rt[dev]")
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the page needs dagan-rt[demo]"),
+    pytest.mark.skipif(find_spec("selenium") is None, reason="browsers are driven by selenium, of dagan-rt[dev]"),
     pytest.mark.skipif(
         CHROMIUM is None or DRIVER is None, reason="no Chromium here: apt-get install chromium chromium-driver"
     ),

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from dagan_rt.page.runs import Studio
 from dagan_rt.page.server import serving
 from dagan_rt.video import VideoReader
 
-pytest.importorskip("gradio", reason="the page needs dagan-rt[demo]")
+# Not imported here: it takes two seconds, in the processes that run other files, too.
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="the page needs dagan-rt[demo]")
 
 MEGABYTES = 0.5
 
