@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -131,6 +132,33 @@ def small_model() -> Any:
     Batch norms and attention are away from a neutral start.
     """
     return _small_model
+
+
+@cache
+def _traced(variant: str, graph: str, least: int | None, opset: int) -> Any:
+    from dagan_rt.bundle import BatchProfile
+    from dagan_rt.export.onnx import trace
+    from dagan_rt.export.subnetworks import choose
+
+    model = _small_model(variant)
+    (subnetwork,) = choose(model.config, [graph])
+    return subnetwork, trace(model, subnetwork, BatchProfile.parse("1:1:8" if least is None else str(least)), opset)
+
+
+@pytest.fixture(scope="session")
+def traced() -> Any:
+    """`traced(variant, graph, batch="1:1:8", opset=17) -> (Subnetwork, ModelProto)` of the small model.
+
+    Each is traced once; the graph is the caller's to change.
+    """
+    from dagan_rt.bundle import BatchProfile
+
+    def get(variant: str, graph: str, batch: str = "1:1:8", opset: int = 17) -> Any:
+        profile = BatchProfile.parse(batch)  # in the graph only where it is fixed
+        subnetwork, model = _traced(variant, graph, profile.least if profile.fixed else None, opset)
+        return subnetwork, copy.deepcopy(model)
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,9 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     assert "pip install 'dagan-rt[openvino]'" in str(backends.missing("openvino"))
 
 
-def test_ctrl_c_is_safe_after_backends_that_ended_in_the_order_they_began(bundle: Bundle) -> None:
+def test_ctrl_c_is_safe_after_backends_that_ended_in_the_order_they_began(
+    bundle: Bundle, heed_interrupts: Callable[[], None]
+) -> None:
     """Of two `openvino.Core`s that end so, the first takes the stack away on which signals are handled."""
     program = f"""
 import signal
@@ -127,7 +130,9 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-    ran = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], timeout=120, capture_output=True, text=True, preexec_fn=heed_interrupts
+    )
     assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran.stderr
 
 

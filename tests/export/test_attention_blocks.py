@@ -12,11 +12,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from dagan_rt.bundle import BatchProfile
 from dagan_rt.export import attention
 from dagan_rt.export.attention import block_attention
-from dagan_rt.export.onnx import trace
-from dagan_rt.export.subnetworks import choose
 
 Inputs = dict[str, np.ndarray]
 
@@ -126,14 +123,12 @@ def test_anything_else_is_left_alone(departure: dict[str, Any]) -> None:
 
 @ENGINES
 @pytest.mark.parametrize(("graph", "batch"), [("generator", "1:1:4"), ("attention", "1")])
-def test_real_graphs_change_by_rounding_only(run: Any, small_model: Any, graph: str, batch: str) -> None:
-    model = small_model("dagan")
-    (subnetwork,) = choose(model.config, [graph])
-    traced = trace(model, subnetwork, BatchProfile.parse(batch))
+def test_real_graphs_change_by_rounding_only(run: Any, traced: Any, graph: str, batch: str) -> None:
+    subnetwork, model = traced("dagan", graph, batch)
     rng = np.random.default_rng(0)
     shapes = {it.name: [1 if isinstance(size, str) else size for size in it.shape] for it in subnetwork.inputs}
     inputs = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
-    expected = onnxruntime_run(traced, inputs)
-    assert block_attention(traced) == 1
-    onnx.checker.check_model(traced, full_check=True)
-    np.testing.assert_allclose(run(traced, inputs), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
+    expected = onnxruntime_run(model, inputs)
+    assert block_attention(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_allclose(run(model, inputs), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))

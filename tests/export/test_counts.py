@@ -16,9 +16,9 @@ from dagan_rt.errors import InputError
 from dagan_rt.export.counts import multiply_accumulates, operations
 from dagan_rt.export.onnx import trace
 from dagan_rt.export.precision import lower
-from dagan_rt.export.subnetworks import choose, parts, subnetworks
+from dagan_rt.export.subnetworks import parts, subnetworks
 
-DYNAMIC, FIXED = BatchProfile.parse("1:1:4"), BatchProfile.parse("2")
+FIXED = BatchProfile.parse("2")
 
 
 def counted_by_torch(model: Any, subnetwork: Any, batch: int) -> float:
@@ -29,10 +29,10 @@ def counted_by_torch(model: Any, subnetwork: Any, batch: int) -> float:
 
 
 @pytest.mark.parametrize("variant", ["dagan", "dagan_spade", "dagan_sa", "fomm"])
-def test_runtime_graphs_do_what_pytorch_counts(small_model: Any, variant: str) -> None:
+def test_runtime_graphs_do_what_pytorch_counts(small_model: Any, traced: Any, variant: str) -> None:
     model = small_model(variant)
     for subnetwork in subnetworks(model.config):
-        graph = trace(model, subnetwork, DYNAMIC)
+        _, graph = traced(variant, subnetwork.name)
         expected = counted_by_torch(model, subnetwork, 1)
         if variant == "fomm" and subnetwork.name == "source":
             # Key points and thumbnail shrink the same image by the same 13 × 13 filter: the graph does it once.
@@ -48,10 +48,8 @@ def test_parts_do_what_pytorch_counts(small_model: Any) -> None:
         assert multiply_accumulates(graph, batch=9) == counted_by_torch(model, subnetwork, 2), subnetwork.name
 
 
-def test_half_precision_and_quantized_graphs_do_as_much(small_model: Any) -> None:
-    model = small_model("dagan")
-    (subnetwork,) = choose(model.config, ["generator"])
-    graph = trace(model, subnetwork, DYNAMIC)
+def test_half_precision_and_quantized_graphs_do_as_much(traced: Any) -> None:
+    subnetwork, graph = traced("dagan", "generator")
     shapes = {x.name: [size if isinstance(size, int) else 1 for size in x.shape] for x in subnetwork.inputs}
     frames = [{name: np.ones(shape, np.float32) for name, shape in shapes.items()}]
     for precision, kind in (("fp16", "Cast"), ("int8", "QuantizeLinear")):

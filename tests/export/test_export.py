@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from dagan_rt.networks.model import Model
 from dagan_rt.networks.variants import VARIANTS
 from dagan_rt.report import Measured
 from dagan_rt.transfer import transfer
+
+GRAPHS = ("source", "driving", "motion", "generator")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -164,9 +167,8 @@ def test_an_export_is_reproducible(small_model: Any, tmp_path: Path) -> None:
     assert hashes[0] == hashes[1]
 
 
-def break_graph(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """From now on the exporter spoils the largest weight of one graph."""
-    original = exporter.trace
+def break_graph(monkeypatch: pytest.MonkeyPatch, name: str, original: Callable[..., Any] = exporter.trace) -> None:
+    """From now on the exporter spoils the largest weight of one graph; `original` traces."""
 
     def spoiled(model: Model, subnetwork: Subnetwork, *arguments: Any) -> Any:
         graph = original(model, subnetwork, *arguments)
@@ -179,11 +181,12 @@ def break_graph(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(exporter, "trace", spoiled)
 
 
-@pytest.mark.parametrize("name", ["source", "driving", "motion", "generator"])
+@pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_that_is_not_the_network_is_not_written(
-    small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    small_model: Any, traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    break_graph(monkeypatch, name)
+    graphs = {graph: traced("baseline", graph)[1] for graph in GRAPHS}
+    break_graph(monkeypatch, name, lambda model, subnetwork, *_: graphs[subnetwork.name])
     with pytest.raises(ExportError, match=f"the export is not the network: {name}: .* nothing was written"):
         export(small_model("baseline"), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

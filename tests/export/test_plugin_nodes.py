@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from dagan_rt.bundle import BatchProfile
 from dagan_rt.errors import InputError
 from dagan_rt.export import passes, plugin_nodes, precision
-from dagan_rt.export.onnx import trace
-from dagan_rt.export.subnetworks import Subnetwork, choose
+from dagan_rt.export.subnetworks import Subnetwork
 from dagan_rt.plugins.ops import DOMAIN, OPS
 
 from .plugin_twins import EVALUATED
@@ -30,23 +28,6 @@ EXPECTED = {
     "baseline": {"generator": {"FlowWarp": 1}},
 }
 GRAPHS = [(variant, graph) for variant, graphs in EXPECTED.items() for graph in graphs]
-
-
-@pytest.fixture(scope="module")
-def traced(small_model: Any) -> Any:
-    """`traced(variant, graph, batch, opset) -> (Subnetwork, ModelProto)`, each traced once."""
-    kept: dict[tuple[str, str, str, int], tuple[Subnetwork, onnx.ModelProto]] = {}
-
-    def get(variant: str, graph: str, batch: str = "1:1:8", opset: int = 17) -> tuple[Subnetwork, onnx.ModelProto]:
-        key = (variant, graph, batch, opset)
-        if key not in kept:
-            model = small_model(variant)
-            (subnetwork,) = choose(model.config, [graph])
-            kept[key] = subnetwork, trace(model, subnetwork, BatchProfile.parse(batch), opset)
-        subnetwork, model = kept[key]
-        return subnetwork, copy.deepcopy(model)
-
-    return get
 
 
 def _inputs(subnetwork: Subnetwork, batch: int, seed: int = 0) -> dict[str, np.ndarray]:

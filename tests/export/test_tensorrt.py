@@ -40,17 +40,10 @@ def imitation() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def traced(small_model: Any) -> Any:
-    """`traced(variant)`: every subnetwork with its fp32 graph, dynamic in the batch."""
-    from dagan_rt.export.onnx import trace
-
-    @cache
-    def of(variant: str) -> list[tuple[Subnetwork, Any]]:
-        model = small_model(variant)
-        return [(it, trace(model, it, BatchProfile.parse("1:2:8"))) for it in subnetworks(model.config)]
-
-    return of
+@pytest.fixture(scope="session")
+def all_traced(traced: Any) -> Any:
+    """`all_traced(variant)`: every subnetwork with its fp32 graph, dynamic in the batch."""
+    return lambda variant: [traced(variant, graph) for graph in GRAPHS]
 
 
 def write(folder: Path, traced: list[tuple[Subnetwork, Any]], precision: str = "fp32") -> adapter.Graphs:
@@ -113,11 +106,11 @@ def assert_nothing_left(folder: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("variant", ["dagan", "dagan_spade", "fomm"])
 def test_every_graph_becomes_an_engine(
-    tmp_path: Path, traced: Any, capfd: pytest.CaptureFixture[str], variant: str, precision: str
+    tmp_path: Path, all_traced: Any, capfd: pytest.CaptureFixture[str], variant: str, precision: str
 ) -> None:
     import tensorrt_rtx
 
-    graphs = write(tmp_path, traced(variant), precision)
+    graphs = write(tmp_path, all_traced(variant), precision)
     capfd.readouterr()
     steps: list[str] = []
     found, summaries = build(tmp_path, graphs, precision=precision, report=steps.append)
@@ -128,7 +121,7 @@ def test_every_graph_becomes_an_engine(
     assert sorted(path.name for path in folder.iterdir()) == sorted(["engine.json", *(f"{it}.engine" for it in GRAPHS)])
     assert EngineSet.from_dict(json.loads((folder / "engine.json").read_text())) == found
     runtime = tensorrt_rtx.Runtime(engines.logger(tensorrt_rtx))
-    for subnetwork, _ in traced(variant):
+    for subnetwork, _ in all_traced(variant):
         summary, file = summaries[subnetwork.name], found.file(tmp_path, subnetwork.name)
         # By name: the order of the parsed network is its own.
         assert {it.name: it for it in summary.inputs} == {it.name: it for it in subnetwork.inputs}
@@ -202,11 +195,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 @needs_rtx
 @without_gpu
 def test_the_profile_and_the_configuration_are_what_was_asked(
-    tmp_path: Path, traced: Any, recorded: list[Recording]
+    tmp_path: Path, all_traced: Any, recorded: list[Recording]
 ) -> None:
     import tensorrt_rtx as rtx
 
-    build(tmp_path, write(tmp_path, traced("dagan")), compute_capabilities=("12.0", "8.6", "8.6"))
+    build(tmp_path, write(tmp_path, all_traced("dagan")), compute_capabilities=("12.0", "8.6", "8.6"))
     motion = recorded[GRAPHS.index("motion")]
     (profile,), (config,) = motion.profiles, motion.configs
     assert config.num_optimization_profiles == 1
@@ -360,9 +353,11 @@ def test_turing_needs_fp16(tmp_path: Path) -> None:
 
 @needs_rtx
 @without_gpu
-def test_what_turing_cannot_multiply_is_named(tmp_path: Path, traced: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_turing_cannot_multiply_is_named(
+    tmp_path: Path, all_traced: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The matrix products of the geometry stay in fp32 where the trunks are fp16."""
-    graphs = write(tmp_path, traced("dagan"), "fp16")
+    graphs = write(tmp_path, all_traced("dagan"), "fp16")
     capfd.readouterr()
     with pytest.raises(InputError) as caught:
         build(tmp_path, graphs, precision="fp16", compute_capabilities=("7.5",))

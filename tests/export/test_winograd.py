@@ -15,11 +15,8 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
-from dagan_rt.bundle import BatchProfile
 from dagan_rt.export import winograd
 from dagan_rt.export.counts import multiply_accumulates
-from dagan_rt.export.onnx import trace
-from dagan_rt.export.subnetworks import subnetworks
 from dagan_rt.export.winograd import A, B, G, filter_minimally
 
 ROUNDING = 2e-5  # float32, in units of the largest output
@@ -190,10 +187,8 @@ def test_a_constant_is_added_to_the_whole_map(shape: tuple[int, ...]) -> None:
 
 @ENGINES
 @pytest.mark.parametrize("variant", ["dagan", "dagan_spade"])
-def test_a_real_generator_changes_by_rounding_only(variant: str, run: Any, small_model: Any) -> None:
-    model = small_model(variant)
-    (generator,) = [it for it in subnetworks(model.config) if it.name == "generator"]
-    graph = trace(model, generator, BatchProfile.parse("1:1:4"))
+def test_a_real_generator_changes_by_rounding_only(variant: str, run: Any, traced: Any) -> None:
+    generator, graph = traced(variant, "generator")
     rng = np.random.default_rng(0)
     inputs = {
         it.name: rng.random([1 if isinstance(n, str) else n for n in it.shape], np.float32) for it in generator.inputs

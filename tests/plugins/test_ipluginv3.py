@@ -15,11 +15,8 @@ import onnx
 import pytest
 
 from dagan_rt import kernels, plugins
-from dagan_rt.bundle import BatchProfile
 from dagan_rt.errors import InputError
 from dagan_rt.export import precision
-from dagan_rt.export.onnx import trace
-from dagan_rt.export.subnetworks import choose
 from dagan_rt.plugins.ipluginv3 import creators
 from dagan_rt.plugins.ops import DOMAIN, OPS
 
@@ -35,7 +32,7 @@ def linked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
 
 
-def test_engines_are_built_with_the_plugins(small_model: Any, linked: dict[str, str], tmp_path: Path) -> None:
+def test_engines_are_built_with_the_plugins(traced: Any, linked: dict[str, str], tmp_path: Path) -> None:
     cases = {}
     for variant, batch, lowered in (
         ("dagan", "1:1:8", "fp16"),
@@ -43,9 +40,9 @@ def test_engines_are_built_with_the_plugins(small_model: Any, linked: dict[str, 
         ("dagan_spade", "1:1:8", "fp16"),
         ("fomm", "1", "fp32"),
     ):
-        model = small_model(variant)
-        for subnetwork in choose(model.config, ["motion", "generator"]):
-            graph = precision.lower(trace(model, subnetwork, BatchProfile.parse(batch)), lowered, subnetwork.trunks)
+        for name in ("motion", "generator"):
+            subnetwork, model = traced(variant, name, batch)
+            graph = precision.lower(model, lowered, subnetwork.trunks)
             path = tmp_path / f"{variant}-{batch.replace(':', '.')}-{lowered}-{subnetwork.name}.onnx"
             onnx.save(graph, path)
             cases[str(path)] = (-1 if ":" in batch else int(batch), lowered, subnetwork.name)
