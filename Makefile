@@ -23,7 +23,8 @@ SERVER_INSTALLED := $(SERVER)/.installed
 # tritonserver runs there alone; elsewhere its tests are skipped.
 SERVED := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(SERVER_INSTALLED))
 # A file stays on one process: what its tests share (an exported bundle, a trained model) is made once.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10
+# Bytecode is kept, whatever the environment says: making the tests' takes each process 7 seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train-demo serve test test-slow test-kernels test-gpu lint types kernels docs dist clean distclean
