@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,6 +21,8 @@ from PIL import Image
 from dagan_rt import camera
 from dagan_rt.camera import Capture, Timed, open_source
 from dagan_rt.errors import InputError, MissingPackage
+
+from .clips import write_clip
 
 LEVELS = [60, 80, 100, 120, 140, 160]  # gray levels of frames, which tell them apart
 LONG = 60.0  # seconds that no test takes, but a broken one
@@ -81,13 +82,7 @@ def level(image: np.ndarray) -> int:
 
 
 def make_clip(path: Path, levels: list[int] = LEVELS, **options: Any) -> Path:
-    with av.open(str(path), "w", **options) as output:
-        stream: Any = output.add_stream("libx264", rate=25, options={"crf": "5"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for gray in levels:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture(gray), format="rgb24")))
-        output.mux(stream.encode())
-    return path
+    return write_clip(path, [picture(gray) for gray in levels], **options)
 
 
 def test_only_the_newest_frame_is_kept() -> None:

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,8 @@ from dagan_rt.files import AtomicFile
 from dagan_rt.keypoints import KeyPoints
 from dagan_rt.template import Moment, Template
 from dagan_rt.transfer import hull_area
+
+from ..clips import write_clip
 
 SIZE = 32
 LEVELS = [60, 80, 100, 120, 140, 160, 180, 200]  # gray levels of the frames of a clip, which tell them apart
@@ -94,24 +96,6 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def make_clip(path: Path, levels: list[int], audio: bool = False) -> Path:
     return write_clip(path, [np.full((48, 64, 3), gray, np.uint8) for gray in levels], audio)
-
-
-def write_clip(path: Path, images: Sequence[np.ndarray], audio: bool = False) -> Path:
-    with av.open(str(path), "w") as output:
-        stream: Any = output.add_stream("libx264", rate=Fraction(25), options={"crf": "5"})
-        stream.height, stream.width, _ = images[0].shape
-        stream.pix_fmt = "yuv420p"
-        sound: Any = output.add_stream("aac", rate=48000, layout="mono") if audio else None
-        for image in images:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        output.mux(stream.encode())
-        if audio:
-            tone = np.sin(np.arange(len(images) * 1920) * 0.05).astype(np.float32)[None] * 0.5
-            block = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-            block.sample_rate, block.pts = 48000, 0
-            output.mux(sound.encode(block))
-            output.mux(sound.encode())
-    return path
 
 
 @pytest.fixture
@@ -473,7 +457,7 @@ def test_ctrl_c_from_a_terminal(files: dict[str, Path], times: int) -> None:
 
 
 def walking(path: Path, faces: Any, count: int = 12) -> Path:
-    return write_clip(path, [faces({200: (20 + 4 * number, 50)}, 40) for number in range(count)], audio=True)
+    return write_clip(path, [faces({200: (20 + 4 * number, 50)}, 40) for number in range(count)], sound=True)
 
 
 def test_the_square_follows_the_face(files: dict[str, Path], faces: Any) -> None:

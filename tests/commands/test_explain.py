@@ -8,11 +8,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +24,8 @@ from dagan_rt.inspection import inspect
 from dagan_rt.networks.variants import VARIANTS
 from dagan_rt.training.heads import HELD_OUT, draw_clip
 from dagan_rt.video import VideoReader
+
+from ..clips import write_clip
 
 SUBJECTS = [
     "model", "motion", "key points", "movement", "flow", "occlusion", "depth", "attention", "result", "time",
@@ -59,7 +59,7 @@ def files(tmp_path: Path, weights: Callable[[str], Path]) -> dict[str, Path]:
     """A bundle, a portrait and a clip that are wider than high, and a place for the sheet."""
     portrait = np.pad(draw_clip(HELD_OUT[0], 1, 64).frames[0], [(0, 0), (20, 10), (0, 0)])
     Image.fromarray(portrait).save(tmp_path / "portrait.png")
-    write(tmp_path / "clip.mp4", list(draw_clip(HELD_OUT[1], 6, 64).frames))
+    write_clip(tmp_path / "clip.mp4", list(draw_clip(HELD_OUT[1], 6, 64).frames))
     (tmp_path / "result").mkdir()
     return {
         "bundle": weights("dagan"),
@@ -140,7 +140,7 @@ def test_the_squares_are_those_of_animate(
     monkeypatch.setattr(inspection, "inspect", noted)
     Image.fromarray(faces({96: (20, 20), 220: (150, 60)}, 20)).save(files["source"])
     frames = [faces({100: (8 + number, 40), 200: (120, 40 + number)}, 40) for number in range(8)]
-    write(files["driving"], frames)
+    write_clip(files["driving"], frames)
     Image.fromarray(frames[7]).save(files["source"].with_name("still.png"))
     options = ("--crop", "auto", "--face", "2", "--driving-face", "2")
     assert explain(files, *options, "--frame", "7") == 0
@@ -151,16 +151,6 @@ def test_the_squares_are_those_of_animate(
     for image in (shown, initial, still):
         assert np.abs(image[middle, middle].astype(int) - 200).max() <= 8
         assert 0.7 < (image[..., 1] > 100).mean() * 1.8**2 < 1.3
-
-
-def write(path: Path, images: list[np.ndarray]) -> None:
-    with av.open(str(path), "w") as output:
-        stream: Any = output.add_stream("libx264", rate=Fraction(25), options={"crf": "5"})
-        stream.height, stream.width, _ = images[0].shape
-        stream.pix_fmt = "yuv420p"
-        for image in images:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        output.mux(stream.encode())
 
 
 def test_an_exported_bundle_is_explained(files: dict[str, Path], tiny_bundle: Path) -> None:

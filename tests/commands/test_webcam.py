@@ -11,13 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +25,8 @@ from dagan_rt.commands.webcam import PANEL, describe, draw
 from dagan_rt.errors import DeviceLost
 from dagan_rt.live import Status, View
 from dagan_rt.video import VideoReader, VideoWriter
+
+from ..clips import write_clip
 
 SIZE = 32
 LEVELS = [60, 80, 100, 120, 140, 160]  # gray levels of frames, which tell them apart
@@ -91,17 +91,6 @@ def files(tmp_path: Path) -> dict[str, Any]:
         "driver": write_clip(tmp_path / "clip.mp4", [np.full((48, 64, 3), gray, np.uint8) for gray in LEVELS]),
         "out": tmp_path / "result" / "out.mp4",
     }
-
-
-def write_clip(path: Path, images: list[np.ndarray]) -> Path:
-    with av.open(str(path), "w") as output:
-        stream: Any = output.add_stream("libx264", rate=Fraction(25), options={"crf": "5"})
-        stream.height, stream.width, _ = images[0].shape
-        stream.pix_fmt = "yuv420p"
-        for image in images:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        output.mux(stream.encode())
-    return path
 
 
 def command(files: dict[str, Any], *options: str, **other: Any) -> list[str]:

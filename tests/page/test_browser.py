@@ -108,7 +108,7 @@ def test_a_clip_is_animated_watched_and_downloaded(
     with VideoReader(given["clip"]) as reader:
         frames = list(reader)
     (tmp_path / "given").mkdir()
-    clip = make_clip(tmp_path / "given" / "{{1}} ${2} <b>.mp4", frames * 6)
+    clip = make_clip(tmp_path / "given" / "{{1}} ${2} <b>.mp4", frames * 6, sound=True)
     give(page, portrait=given["portrait"], clip=clip)
     found(page, "#paste input")[0].click()
     found(page, "#watermark input[value='visible']")[0].click()

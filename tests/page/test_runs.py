@@ -196,7 +196,7 @@ def test_length_is_bounded_by_frames_that_are_read_not_by_the_header(
     *_, last = studio.run(request_._replace(clip=given["long"]))
     assert last.failed and last.words == "The clip long.mp4 is longer than 2 seconds: cut it first"
     (tmp_path / "given").mkdir()
-    fast = make_clip(tmp_path / "given" / "fast.mp4", [np.full((16, 16, 3), 90, np.uint8)] * 300, False, rate=200)
+    fast = make_clip(tmp_path / "given" / "fast.mp4", [np.full((16, 16, 3), 90, np.uint8)] * 300, rate=200)
     *_, last = studio.run(request_._replace(clip=fast))
     assert last.failed and "fast.mp4 is longer than 2 seconds" in last.words
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
