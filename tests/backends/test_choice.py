@@ -102,7 +102,7 @@ def test_when_none_can_run_all_reasons_are_given(stage: Stage) -> None:
 
 
 def test_a_session_says_its_backend_and_why(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dagan_rt.reenactor.open_frames", lambda backend, bundle: None)
+    monkeypatch.setattr("dagan_rt.reenactor.open_frames", lambda backend, bundle, **_: None)
     monkeypatch.setattr("dagan_rt.reenactor.Bundle", SimpleNamespace)
     stage.lacks = {FAST: "there is no GPU"}
     reenactor = Reenactor(SimpleNamespace(**vars(BUNDLE), weights_digest="ab"))  # type: ignore[arg-type]

@@ -18,6 +18,8 @@ from dagan_rt.reenactor import Reenactor
 from dagan_rt.template import Template
 from dagan_rt.video import VideoReader
 
+from ..clips import write_clip
+
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
@@ -94,11 +96,7 @@ def test_bad_input_is_one_sentence(
 
 def test_the_face_of_somebody_else(clip: Path, tiny_bundle: Path, faces: Any) -> None:
     image = faces({100: (20, 20), 200: (90, 60)}, 40)
-    with av.open(str(clip), "w") as output:
-        stream: Any = output.add_stream("libx264", rate=25, options={"crf": "5"})
-        stream.height, stream.width, _ = image.shape
-        stream.pix_fmt = "yuv420p"
-        output.mux([*stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")), *stream.encode()])
+    write_clip(clip, [image])
     model = Reenactor(tiny_bundle, "onnxruntime", threads=1)
     with VideoReader(clip) as reader:
         (shown,) = reader
