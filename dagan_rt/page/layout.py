@@ -53,6 +53,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
                     info="relative: move as the driver does; absolute: take over the driver's pose",
                 )  # fmt: skip
                 adapt = gr.Checkbox(label="Adapt the motion's scale to the faces", elem_id="adapt")
+                scale = gr.Slider(0, 2, 1, step=0.1, label="How far it moves", elem_id="scale")
                 crop = gr.Radio(list(CROPS), value="center", label="Crop", elem_id="crop")
                 paste = gr.Checkbox(label="Put the result back into the whole portrait", elem_id="paste")
                 watermark = gr.Radio(
@@ -76,7 +77,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         session = gr.State(None, time_to_live=FORGOTTEN, delete_callback=_close)
 
         do = _Handlers(studio, folder)
-        options, shown = [motion, adapt, crop], [words, pictures, times, inside]
+        options, shown = [motion, adapt, scale, crop], [words, pictures, times, inside]
         # `most` people in the studio's line, which tells each how many stand in front; further ones it refuses.
         many: dict[str, Any] = {"concurrency_limit": studio.line.most + 1, "concurrency_id": "runs"}
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -93,7 +94,7 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
             time_limit=LIVE_FOR, **many, **quiet,
         )  # fmt: skip
         again.click(do.again, session, None, **quiet)
-        motion.change(do.chosen, motion, adapt, **quiet)
+        motion.change(do.chosen, motion, [adapt, scale], **quiet)
     page.queue(max_size=4 * studio.line.most)
     return page
 
@@ -105,7 +106,15 @@ class _Handlers:
         self._studio, self._folder = studio, folder
 
     def animate(
-        self, portrait: str | None, clip: str | None, motion: str, adapt: bool, crop: str, paste: bool, watermark: str
+        self,
+        portrait: str | None,
+        clip: str | None,
+        motion: str,
+        adapt: bool,
+        scale: float,
+        crop: str,
+        paste: bool,
+        watermark: str,
     ) -> Iterator[tuple[Any, ...]]:
         """A run from beginning to end, as values for the components."""
         looked_at = -1
@@ -114,7 +123,9 @@ class _Handlers:
             state = State(f"Give a {missing} first.", failed=True)
             yield *self._shown(state), *_result(None), gr.skip(), gr.skip()
             return
-        request = Request(Path(portrait), Path(clip), self._folder, motion, adapt, CROPS[crop], paste, MARKS[watermark])
+        request = Request(
+            Path(portrait), Path(clip), self._folder, motion, adapt, scale, CROPS[crop], paste, MARKS[watermark]
+        )
         for state in self._studio.run(request):
             shown = self._shown(state, again=state.looked_at != looked_at)
             looked_at = state.looked_at or -1
@@ -146,9 +157,11 @@ class _Handlers:
         if session is not None:
             session.live.reset()
 
-    def chosen(self, motion: str) -> Any:
-        """The scale is that of relative motion."""
-        return gr.update(interactive=True) if motion == "relative" else gr.update(interactive=False, value=False)
+    def chosen(self, motion: str) -> tuple[Any, Any]:
+        """The scales are those of relative motion."""
+        if motion == "relative":
+            return gr.update(interactive=True), gr.update(interactive=True)
+        return gr.update(interactive=False, value=False), gr.update(interactive=False, value=1)
 
     def _shown(self, state: State, again: bool = True) -> tuple[Any, ...]:
         """A state as values of the four parts; what is inside the networks only where it is drawn again."""
@@ -159,9 +172,9 @@ class _Handlers:
 class _Session:
     """Somebody's camera session, and what it was begun with."""
 
-    def __init__(self, studio: Studio, portrait: str, motion: str, adapt: bool, crop: str) -> None:
-        self.of = portrait, motion, adapt, crop
-        self.live: Live = studio.live(Path(portrait), motion, adapt, CROPS[crop])
+    def __init__(self, studio: Studio, portrait: str, motion: str, adapt: bool, scale: float, crop: str) -> None:
+        self.of = portrait, motion, adapt, scale, crop
+        self.live: Live = studio.live(Path(portrait), motion, adapt, scale, CROPS[crop])
         self.looked_at: int | None = None
 
 

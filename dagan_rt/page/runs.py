@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class Request(NamedTuple):
     folder: Path  # in which a folder for the result is made, with a name that cannot be guessed
     motion: str = "relative"  # or "absolute"
     adapt_scale: bool = False
+    motion_scale: float = 1.0  # 0 to 4
     crop: str = "center"  # or "auto": around the face, which is followed
     paste_back: bool = False  # the result shows the whole portrait
     watermark: str = ""  # or one of `dagan_rt.watermark.KINDS`
@@ -156,12 +157,19 @@ class Studio:
         finally:
             self.line.leave(ticket)
 
-    def live(self, portrait: Path, motion: str = "relative", adapt_scale: bool = False, crop: str = "center") -> Live:
+    def live(
+        self,
+        portrait: Path,
+        motion: str = "relative",
+        adapt_scale: bool = False,
+        motion_scale: float = 1.0,
+        crop: str = "center",
+    ) -> Live:
         """A session for frames as they come; arguments as of `Request`. Raises InputError for a bad portrait."""
         detector = self._finds(crop)
         (source,) = read_portrait(portrait, detector).sources(self.size)
         squares = centered if detector is None else Follower(detector)
-        return Live(self, source, motion, adapt_scale, squares)
+        return Live(self, source, motion, adapt_scale, motion_scale, squares)
 
     def told(self, error: Exception) -> str:
         """One sentence for a person about what went wrong; what only a programmer understands goes to the log."""
@@ -179,12 +187,14 @@ class Studio:
             self._detector = load_detector(AUTO, threads=self._threads)
         return self._detector
 
-    def session(self, source: np.ndarray, motion: str, adapt_scale: bool) -> tuple[Reenactor, Looks]:
+    def session(
+        self, source: np.ndarray, motion: str, adapt_scale: bool, motion_scale: float
+    ) -> tuple[Reenactor, Looks]:
         """A reenactor with its source set, and what looks inside beside it."""
-        check_motion(motion, adapt_scale)
-        reenactor = Reenactor(self.bundle, self._backend, motion, adapt_scale)
+        reenactor = Reenactor(self.bundle, self._backend, motion, adapt_scale, motion_scale=motion_scale)
         reenactor.set_source(source)
-        return reenactor, Looks(None if self.blind else self._model, source, motion == "relative", adapt_scale)
+        model = None if self.blind else self._model
+        return reenactor, Looks(model, source, motion == "relative", adapt_scale, motion_scale)
 
     def _finds(self, crop: str) -> FaceDetector | None:
         """What finds the faces of a crop, None for the centred one."""
@@ -199,7 +209,7 @@ class Studio:
         with Clip(request.clip, self.most_seconds) as clip:
             clip.open(self.size, detector)
             shown, width, height = self._shown(request, portrait)
-            reenactor, looks = self.session(source, request.motion, request.adapt_scale)
+            reenactor, looks = self.session(source, request.motion, request.adapt_scale, request.motion_scale)
             # Of this run alone: nobody else learns its name.
             folder = Path(tempfile.mkdtemp(prefix="result-", dir=request.folder))
             timer = Timer(self.backend_name)
@@ -239,11 +249,11 @@ class Live:
     """One portrait that follows a camera; of one person, who calls it from one thread at a time."""
 
     def __init__(
-        self, studio: Studio, source: np.ndarray, motion: str, adapt_scale: bool, squares: Squares = centered
+        self, studio: Studio, source: np.ndarray, motion: str, adapt_scale: bool, motion_scale: float, squares: Squares
     ) -> None:
         """source: uint8 [size, size, 3]; squares: what of a camera's picture drives; see `Studio.live`."""
         self._studio, self._squares = studio, squares
-        self._reenactor, self._looks = studio.session(source, motion, adapt_scale)
+        self._reenactor, self._looks = studio.session(source, motion, adapt_scale, motion_scale)
         self._timer = Timer(studio.backend_name)
         self._state = State("", source=source)
 
@@ -287,9 +297,12 @@ class Live:
 class Looks:
     """Looks inside the networks, at so few frames that they take at most `LOOKING` of the time."""
 
-    def __init__(self, model: object | None, source: np.ndarray, relative: bool, adapt_scale: bool) -> None:
+    def __init__(
+        self, model: object | None, source: np.ndarray, relative: bool, adapt_scale: bool, motion_scale: float
+    ) -> None:
         """model: a `Model` in evaluation mode, None where there is nothing to look into; the rest as of `Reenactor`."""
-        self._model, self._source, self._relative, self._adapt_scale = model, source, relative, adapt_scale
+        self._model, self._source, self._relative = model, source, relative
+        self._scales: dict[str, Any] = {"adapt_scale": adapt_scale, "motion_scale": motion_scale}
         self._initial: np.ndarray | None = None
         self._next = 0.0
         self.panels: tuple[Panel, ...] = ()
@@ -316,7 +329,7 @@ class Looks:
         from dagan_rt.inspection import inspect
 
         initial = self._initial if self._relative else None
-        return inspect(self._model, self._source, frame, initial, adapt_scale=self._adapt_scale)  # type: ignore[arg-type]
+        return inspect(self._model, self._source, frame, initial, **self._scales)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -394,6 +407,7 @@ def _check(request: Request) -> None:
         raise InputError(f"watermark must be {', '.join(KINDS)} or nothing, got {request.watermark!r}")
     if request.adapt_scale and request.motion == "absolute":
         raise InputError("adapt scale is about relative motion: switch it off, or choose relative")
+    check_motion(request.motion, request.adapt_scale, request.motion_scale)
 
 
 def _at(state: State, frame: np.ndarray, result: np.ndarray, timer: Timer, looks: Looks) -> State:

@@ -42,9 +42,18 @@ def source_of(path: Path) -> np.ndarray:
     return center(picture.shape[1], picture.shape[0]).cut(picture, 64)
 
 
-@pytest.mark.parametrize(("motion", "adapt"), [("relative", False), ("relative", True), ("absolute", False)])
+@pytest.mark.parametrize(
+    ("motion", "adapt", "scale"),
+    [("relative", False, 1.0), ("relative", True, 1.0), ("absolute", False, 1.0), ("relative", False, 0.5)],
+)
 def test_the_result_is_what_the_reenactor_gives(
-    studio: Studio, request_: Request, tiny_bundle: Path, motion: str, adapt: bool, monkeypatch: pytest.MonkeyPatch
+    studio: Studio,
+    request_: Request,
+    tiny_bundle: Path,
+    motion: str,
+    adapt: bool,
+    scale: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written: list[np.ndarray] = []
 
@@ -54,8 +63,9 @@ def test_the_result_is_what_the_reenactor_gives(
             super().write(image, *when)
 
     monkeypatch.setattr(runs, "VideoWriter", Watched)
-    states = list(studio.run(request_._replace(motion=motion, adapt_scale=adapt)))
-    with VideoReader(request_.clip) as reader, Reenactor(tiny_bundle, "onnxruntime", motion, adapt) as reenactor:
+    states = list(studio.run(request_._replace(motion=motion, adapt_scale=adapt, motion_scale=scale)))
+    model = Reenactor(tiny_bundle, "onnxruntime", motion, adapt, motion_scale=scale)
+    with VideoReader(request_.clip) as reader, model as reenactor:
         reenactor.set_source(source_of(request_.portrait))
         expected = [reenactor.drive(center_square(frame, 64)) for frame in reader]
     assert len(expected) == 8 and (np.stack(written) == np.stack(expected)).all()
@@ -126,7 +136,7 @@ def test_states_show_the_run_as_it_goes_on(
 def test_looking_inside_takes_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
-    looks = runs.Looks(object(), np.zeros((4, 4, 3), np.uint8), True, False)
+    looks = runs.Looks(object(), np.zeros((4, 4, 3), np.uint8), True, False, 1.0)
 
     class Found:
         seconds: dict[str, float] = {}
@@ -158,6 +168,7 @@ def test_bad_files_are_one_sentence_without_a_path(
         ({"clip": given["long"]}, "The clip long.mp4 is longer than 2 seconds: cut it first"),
         ({"clip": given["portrait"].parent / "none.mp4"}, "Video none.mp4 does not exist"),
         ({"motion": "absolute", "adapt_scale": True}, "Adapt scale is about relative motion: switch it off"),
+        ({"motion_scale": 5.0}, "Motion_scale must be 0 to 4, got 5"),
         ({"crop": "sideways"}, "Crop must be center or auto"),
         ({"watermark": "loud"}, "Watermark must be visible, invisible or nothing"),
     ]:

@@ -67,7 +67,7 @@ class Browser:
 
     def animate(self, portrait: Any, clip: Any, *options: Any) -> tuple[int, Any]:
         """Press the button; the answer of the queue."""
-        data = [portrait, clip, *(options or ("relative", False, "center", False, "none"))]
+        data = [portrait, clip, *(options or ("relative", False, 1, "center", False, "none"))]
         return self.json("/gradio_api/queue/join", {"data": data, "fn_index": 0, "session_hash": self.session})
 
     def messages(self) -> list[dict[str, Any]]:
