@@ -319,7 +319,7 @@ def test_the_command_itself_ended_and_continued(
             break
         time.sleep(0.002)
     _, complaint = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number), complaint
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), complaint
     assert "run the same command to continue" in complaint or number != signal.SIGINT
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and group_of(process.pid):
