@@ -128,7 +128,7 @@ def first_face(
             continue
         faces = detector(image)
         most = max(most, faces, key=len)
-        if len(faces) >= (1 if which == "largest" else int(which)):
+        if _is_there(which, faces):
             break
     return choose(most, which, what, "--driving-face")[0].box
 
@@ -166,7 +166,7 @@ class Follower:
 
     def _take(self, faces: Sequence[Face]) -> None:
         if self._track is None:
-            if len(faces) < (1 if self._which == "largest" else int(self._which)):
+            if not _is_there(self._which, faces):
                 return
             self._track = _Track(choose(faces, self._which, "the picture")[0].box)
         elif not self._track.update(faces):
@@ -233,6 +233,11 @@ def _inside(x: float, y: float, side: float, width: int, height: int) -> Square:
     """The square about (x, y), made smaller and moved as far as it has to be to lie in the picture."""
     side = min(side, width, height)
     return Square(min(max(x - side / 2, 0), width - side), min(max(y - side / 2, 0), height - side), side)
+
+
+def _is_there(which: str | int, faces: Sequence[Face]) -> bool:
+    """Whether `choose` finds "largest", or the N-th, among these."""
+    return len(faces) >= (1 if which == "largest" else int(which))
 
 
 def _area(face: Face) -> float:

@@ -14,21 +14,8 @@ if TYPE_CHECKING:
     from dagan_rt.checkpoints import Checkpoint
 
 MEDIA = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".gif",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-)
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
+)  # fmt: skip
 MARKED_FRAMES = 50  # of a video that are looked at
 
 

@@ -109,8 +109,6 @@ class Studio:
 
         most_seconds: of a clip. most_people: whose runs wait or go on, beyond which others are refused.
         """
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, got {threads}")
         if not most_seconds > 0:
             raise InputError(f"most_seconds must be over 0, got {most_seconds}")
         self.bundle = Bundle.open(bundle)
