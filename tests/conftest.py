@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -159,6 +160,27 @@ def traced() -> Any:
         return subnetwork, copy.deepcopy(model)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def portrait() -> np.ndarray:
+    """The source of the golden files: uint8 [256, 256, 3] RGB, not to be changed."""
+    with np.load(DATA / "dagan.npz") as arrays:
+        image: np.ndarray = arrays["source"]
+    image.setflags(write=False)
+    return image
+
+
+@pytest.fixture
+def searched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of a camera's picture for faces is through when it was begun."""
+
+    def now(call: Any, image: np.ndarray) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(call(image))
+        return done
+
+    monkeypatch.setattr("dagan_rt.cropping.aside", now)
 
 
 @pytest.fixture(scope="session")

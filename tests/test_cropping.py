@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from fractions import Fraction
 from threading import Event
 from time import sleep
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from dagan_rt import cropping
 from dagan_rt.cropping import EVERY, MARGIN, MISSES, PAUSE, Follower, Square, around, center, choose, first_face, follow
 from dagan_rt.errors import InputError
 from dagan_rt.faces import Face
@@ -227,24 +224,12 @@ def test_the_first_frame_with_as_many_faces_says_which_is_which() -> None:
 # Followed in a camera's pictures
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search is through when it was begun."""
-
-    def now(call: Any, image: np.ndarray) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(call(image))
-        return done
-
-    monkeypatch.setattr(cropping, "aside", now)
-
-
 def live(detector: Scripted, rate: float = 25.0, which: str = "largest") -> list[Square | None]:
     follower = Follower(detector, which)
     return [follower(frame.image, 100 + number / rate) for number, frame in enumerate(clip(len(detector.boxes)))]
 
 
-def test_a_camera_is_searched_now_and_then_and_every_picture_has_a_square(at_once: None) -> None:
+def test_a_camera_is_searched_now_and_then_and_every_picture_has_a_square(searched_at_once: None) -> None:
     detector = Scripted([[]] * 7 + [[box_at(300)]] * 40)
     found = live(detector)
     assert detector.seen[0] == 0 and set(np.diff(detector.seen)) <= {5, 6}  # of 25 a second, and rounded
@@ -254,7 +239,7 @@ def test_a_camera_is_searched_now_and_then_and_every_picture_has_a_square(at_onc
     assert all(square == pytest.approx(around(np.array(box_at(300)), 640, 360)) for square in found[first:])
 
 
-def test_the_square_follows_a_face_without_holding_pictures_back(at_once: None) -> None:
+def test_the_square_follows_a_face_without_holding_pictures_back(searched_at_once: None) -> None:
     """It lags by the pause and the filter, stays about the face, and moves by little at a time."""
     path = [200 + 2.0 * number for number in range(100)]  # 50 pixels a second: 0.6 sides of the box
     squares = [square for square in live(Scripted([[box_at(x)] for x in path])) if square is not None]
@@ -263,7 +248,7 @@ def test_the_square_follows_a_face_without_holding_pictures_back(at_once: None) 
     assert np.abs(np.diff(middles(squares), axis=0)).max() < 0.1 * 80
 
 
-def test_somebody_else_is_followed_only_when_the_face_is_gone(at_once: None) -> None:
+def test_somebody_else_is_followed_only_when_the_face_is_gone(searched_at_once: None) -> None:
     both, other = [box_at(300), box_at(520, side=120)], [box_at(520, side=120)]
     squares = live(Scripted([both] * 20 + [other] * 40), which="1")
     at = middles([square for square in squares if square is not None])[:, 0]

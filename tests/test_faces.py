@@ -18,8 +18,6 @@ from dagan_rt import faces
 from dagan_rt.errors import InputError, MissingPackage
 from dagan_rt.faces import detector_file, load_detector, overlaps
 
-GOLDEN = Path(__file__).parent / "data" / "dagan.npz"
-
 try:
     faces.detector_file()
     INSTALLED = True
@@ -205,10 +203,8 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 @centerface
-def test_centerface_finds_a_real_face_wherever_it_is() -> None:
+def test_centerface_finds_a_real_face_wherever_it_is(portrait: np.ndarray) -> None:
     """The eyes, nose and mouth of the golden portrait are where a person sees them."""
-    with np.load(GOLDEN) as arrays:
-        portrait = arrays["source"]
     detector = load_detector()
     (face,) = detector(portrait)
     assert face.score > 0.8 and face.landmarks is not None
@@ -224,9 +220,9 @@ def test_centerface_finds_a_real_face_wherever_it_is() -> None:
     assert detector(picture(256, 256)) == []
 
 
-def test_what_ships_finds_the_same_face_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    with np.load(GOLDEN) as arrays:
-        portrait = arrays["source"]
+def test_what_ships_finds_the_same_face_without_the_extra(
+    portrait: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (expected,) = load_detector()(portrait) if INSTALLED else (None,)
 
     def absent(name: str) -> Any:

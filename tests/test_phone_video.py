@@ -16,13 +16,6 @@ from dagan_rt.cli import main
 TICK = Fraction(1, 600)  # of the clock
 RATE = 48000
 FLASH = 31  # the frame in which the wall lights up, when a beep begins
-GOLDEN = Path(__file__).parent / "data" / "dagan.npz"
-
-
-@pytest.fixture(scope="module")
-def portrait() -> np.ndarray:
-    with np.load(GOLDEN) as arrays:
-        return arrays["source"]
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,6 @@ from dagan_rt.errors import InputError
 from dagan_rt.video import VideoReader, VideoWriter
 from dagan_rt.watermark import SURE, detect, mark
 
-GOLDEN = Path(__file__).parent / "data" / "dagan.npz"
-
-
-@pytest.fixture(scope="module")
-def portrait() -> np.ndarray:
-    with np.load(GOLDEN) as arrays:
-        return arrays["source"]
-
 
 @pytest.fixture(scope="module")
 def pictures(portrait: np.ndarray) -> list[np.ndarray]:

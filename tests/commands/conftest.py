@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -24,21 +23,13 @@ def blobs(image: np.ndarray) -> list[Face]:
     return found
 
 
-def at_once(call: Callable[[np.ndarray], list[Face]], image: np.ndarray) -> Future[list[Face]]:
-    """A search that is through when it was begun."""
-    done: Future[list[Face]] = Future()
-    done.set_result(call(image))
-    return done
-
-
 @pytest.fixture
-def faces(monkeypatch: pytest.MonkeyPatch) -> DrawFaces:
+def faces(monkeypatch: pytest.MonkeyPatch, searched_at_once: None) -> DrawFaces:
     """Draws pictures, and from now on the detector finds faces in such pictures alone.
 
     `faces(places, side=20, size=(120, 200))`: a black picture with faces of these levels at left upper corners (x, y).
     """
     monkeypatch.setattr("dagan_rt.faces.load_detector", lambda *_, **__: blobs)
-    monkeypatch.setattr("dagan_rt.cropping.aside", at_once)
 
     def draw(places: dict[int, tuple[int, int]], side: int = 20, size: tuple[int, int] = (120, 200)) -> np.ndarray:
         picture = np.zeros((*size, 3), np.uint8)
